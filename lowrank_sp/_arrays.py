@@ -1,0 +1,233 @@
+"""Array libraries: namespaces, compute dtypes, host transfers, random draws.
+
+Every other module works through these few functions and the array-API standard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+# Arrays of any library; the standard has no common base class to name.
+Array = Any
+RNG = int | np.random.Generator | None
+
+_EPS = {
+    "float64": 2.0**-52,
+    "complex128": 2.0**-52,
+    "float32": 2.0**-23,
+    "complex64": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+}
+_WIDE = {"float32": "float64", "complex64": "complex128"}
+_REAL = {"complex64": "float32", "complex128": "float64"}
+
+
+def is_array(x: Any) -> bool:
+    """Whether ``x`` is an array of a library that follows the standard."""
+    return compat.is_array_api_obj(x)
+
+
+def namespace(*arrays: Array) -> Any:
+    """Array-API namespace shared by ``arrays``, all of one library and one device."""
+    try:
+        xp = compat.array_namespace(*arrays)
+    except TypeError as error:
+        kinds = ", ".join(dict.fromkeys(_kind(a) for a in arrays))
+        raise TypeError(
+            f"arrays must come from one array library, got {kinds}; "
+            "convert first, for example with numpy.asarray or torch.as_tensor"
+        ) from error
+    devices = list(dict.fromkeys(str(compat.device(a)) for a in arrays))
+    if len(devices) > 1:
+        raise ValueError(
+            f"arrays must lie on one device, got {' and '.join(devices)}; move them to one first"
+        )
+    return xp
+
+
+def _kind(a: Any) -> str:
+    return f"{type(a).__module__.partition('.')[0]}.{type(a).__name__}"
+
+
+def device(a: Array) -> Any:
+    """Device on which ``a`` lies."""
+    return compat.device(a)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Name of a dtype of any library, such as ``"float32"`` or ``"bfloat16"``."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    return name or str(dtype).rpartition(".")[2]
+
+
+def eps(dtype: Any) -> float:
+    """Spacing of a floating dtype at one."""
+    return _EPS[dtype_name(dtype)]
+
+
+def is_complex(dtype: Any) -> bool:
+    """Whether a dtype is complex."""
+    return dtype_name(dtype) in _REAL
+
+
+def real_dtype(xp: Any, dtype: Any) -> Any:
+    """Real dtype of the precision of ``dtype``."""
+    return getattr(xp, _REAL[dtype_name(dtype)]) if is_complex(dtype) else dtype
+
+
+def compute_dtype(xp: Any, dtype: Any) -> Any:
+    """Dtype in which to compute on data of ``dtype``: at least float32.
+
+    Half precision becomes float32; integers and booleans become the default float.
+    """
+    name = dtype_name(dtype)
+    if name in _WIDE or name in ("float64", "complex128"):
+        return dtype
+    if name in ("float16", "bfloat16"):
+        return xp.float32
+    if name == "bool" or name.startswith(("int", "uint")):
+        return xp.asarray(1.0).dtype
+    raise TypeError(
+        f"dtype must be floating, complex, integer or bool, got {name}; "
+        "convert the array to float32 first"
+    )
+
+
+def as_compute(a: Array) -> Array:
+    """``a`` in its compute dtype; the same array when it is there already."""
+    xp = namespace(a)
+    dtype = compute_dtype(xp, a.dtype)
+    return a if a.dtype == dtype else xp.astype(a, dtype)
+
+
+def adjoint(a: Array) -> Array:
+    """Conjugate transpose of the last two axes."""
+    return namespace(a).conj(a.mT) if is_complex(a.dtype) else a.mT
+
+
+def to_host(a: Array) -> np.ndarray:
+    """``a`` as a NumPy array; a view where the library allows one."""
+    if isinstance(a, np.ndarray):
+        return a
+    if compat.is_torch_array(a):
+        return a.detach().cpu().resolve_conj().numpy()
+    if compat.is_jax_array(a):
+        return np.asarray(a)
+    if compat.is_cupy_array(a):
+        return a.get()
+    return np.from_dlpack(a)
+
+
+def host_view(a: Array) -> np.ndarray | None:
+    """``a`` as a NumPy array without a copy, or None where that cannot be."""
+    if isinstance(a, np.ndarray):
+        return a
+    if compat.is_torch_array(a):
+        plain = a.device.type == "cpu" and not a.is_conj() and dtype_name(a.dtype) != "bfloat16"
+        return a.detach().numpy() if plain else None
+    if compat.is_jax_array(a) and device(a).platform == "cpu":
+        return np.asarray(a)
+    return None
+
+
+def from_host(x: np.ndarray, like: Array, dtype: Any = None) -> Array:
+    """NumPy array ``x`` as an array of the library and device of ``like``.
+
+    The dtype is that of ``like``, or its real counterpart when ``x`` is real, unless given.
+    """
+    xp = namespace(like)
+    if dtype is None:
+        dtype = like.dtype if np.iscomplexobj(x) else real_dtype(xp, like.dtype)
+    if isinstance(like, np.ndarray):
+        return x.astype(dtype, copy=False)
+    # Cast before the transfer: some devices have no float64.
+    x = np.ascontiguousarray(x.astype(dtype_name(dtype), copy=False))
+    return xp.asarray(x, dtype=dtype, device=device(like), copy=True)
+
+
+def inner(x: Array, y: Array) -> Array:
+    """``x^H y`` of two blocks of columns, accumulated in float64.
+
+    Rows are widened slice by slice, so that no wide copy of a tall block exists. Where the
+    library has no float64 (JAX by default, some devices) its own precision is used.
+    """
+    xp = namespace(x, y)
+    wide = _wide_dtype(xp, x.dtype)
+    if x.dtype == wide:
+        return adjoint(x) @ y
+    total = xp.zeros((x.shape[1], y.shape[1]), dtype=wide, device=device(x))
+    height = max(256, 2**21 // max(1, x.shape[1]))
+    for rows in slices(x.shape[0], height):
+        a = xp.astype(x[rows, :], wide)
+        b = a if y is x else xp.astype(y[rows, :], wide)
+        total = total + adjoint(a) @ b
+    return total
+
+
+def _wide_dtype(xp: Any, dtype: Any) -> Any:
+    name = _WIDE.get(dtype_name(dtype))
+    if name is None or (xp.__name__.startswith("jax") and not _jax_has_float64()):
+        return dtype
+    return getattr(xp, name)
+
+
+def _jax_has_float64() -> bool:
+    import jax
+
+    return bool(jax.config.jax_enable_x64)
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of ``step`` entries that cover ``range(length)``."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def frobenius(a: Array) -> float:
+    """Frobenius norm of ``a``: sums in float64 over slices, safe from overflow."""
+    squares = _sum_squares(a)
+    if 1e-30 < squares < 1e30:
+        return squares**0.5
+    largest = max_abs(a)
+    if largest == 0.0 or not np.isfinite(largest):
+        return largest
+    exponent = 2.0 ** -np.frexp(largest)[1]
+    return _sum_squares(a, exponent) ** 0.5 / exponent
+
+
+def max_abs(a: Array) -> float:
+    """Largest magnitude of an entry; NaN or infinite when an entry is."""
+    return float(namespace(a).max(abs(a))) if a.size else 0.0
+
+
+def _sum_squares(a: Array, factor: float = 1.0) -> float:
+    if not a.size:
+        return 0.0
+    xp = namespace(a)
+    flat = a.size // a.shape[0]
+    total = 0.0
+    for rows in slices(a.shape[0], max(1, 2**20 // flat)):
+        block = as_compute(a[rows, ...])
+        if factor != 1.0:
+            block = block * factor
+        total += float(xp.sum(abs(block) ** 2))
+    return total
+
+
+def standard_normal(shape: tuple[int, ...], *, like: Array, rng: RNG = None) -> Array:
+    """Gaussian draws of unit variance in the compute dtype and on the device of ``like``.
+
+    They are drawn on the host in float64, cast, then moved: one seed gives one sketch on every
+    library.
+    """
+    generator = np.random.default_rng(rng)
+    draw = generator.standard_normal(shape)
+    dtype = compute_dtype(namespace(like), like.dtype)
+    if is_complex(dtype):
+        draw = (draw + 1j * generator.standard_normal(shape)) / np.sqrt(2.0)
+    return from_host(draw, like, dtype)

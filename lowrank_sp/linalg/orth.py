@@ -1,0 +1,92 @@
+"""Orthonormal bases of tall blocks by Cholesky QR: matrix products and a small Gram matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lowrank_sp._arrays import Array, eps, from_host, inner, namespace, to_host
+
+# Well-conditioned blocks need two passes, shifted ones three or four.
+_MOST_PASSES = 6
+
+
+def orthonormalize(x: Array, *, floor: float = 0.0) -> tuple[Array, Array]:
+    """Orthonormal basis of the range of a tall block: ``x = q @ r``.
+
+    Cholesky QR, with the Gram matrix and its factor in float64, is repeated until the Gram matrix
+    of the result is the identity to rounding. Where the Gram matrix is too close to singular for a
+    Cholesky factor it is shifted, which costs a third pass. The numerical null space is dropped.
+
+    Parameters
+    ----------
+    x : array, shape (m, k), with k <= m
+    floor : float
+        Directions of ``x`` no longer than this are noise, and dropped as well.
+
+    Returns
+    -------
+    q : array, shape (m, p)
+        ``p <= k`` orthonormal columns, to a small multiple of eps.
+    r : array, shape (p, k)
+
+    Notes
+    -----
+    A pass costs ``4 m k^2`` flops and two reads of ``x``. In single precision the wide Gram matrix
+    resolves every condition number up to ``1 / eps``; in double precision the shift does
+    :cite:p:`fukaya2020shifted`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, r = orthonormalize(np.array([[3.0, 3.0], [4.0, 4.0], [0.0, 0.0]]))
+    >>> q.shape, np.allclose(q @ r, [[3, 3], [4, 4], [0, 0]])
+    ((3, 1), True)
+    """
+    m, k = x.shape
+    if k > m:
+        raise ValueError(f"a block must have no more columns than rows, got shape {m} x {k}")
+    gram = _gram(x)
+    r = np.eye(k, dtype=gram.dtype)
+    rounding = (8 + m**0.5 / 8) * eps(x.dtype)
+    doubtful = floor > 0.0
+    for _ in range(_MOST_PASSES):
+        if np.max(np.abs(gram - np.eye(len(gram))), initial=0.0) < rounding:
+            break
+        step, inverse, shifted = _cholesky(gram, m)
+        doubtful = doubtful or shifted
+        x, r = _times(x, inverse), step @ r
+        gram = _gram(x)
+    if doubtful:
+        left, sizes, right = np.linalg.svd(r, full_matrices=False)
+        keep = sizes > max(floor, 10 * eps(x.dtype) * float(np.max(sizes, initial=0.0)))
+        x, r = _times(x, left[:, keep]), sizes[keep, None] * right[keep]
+    return x, from_host(r, x)
+
+
+def _gram(x: Array) -> np.ndarray:
+    gram = to_host(inner(x, x))
+    return gram.astype(np.result_type(gram, np.float64), copy=False)
+
+
+def _times(x: Array, small: np.ndarray) -> Array:
+    return namespace(x).matmul(x, from_host(small, x))
+
+
+def _cholesky(gram: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """``(r, inverse, shifted)`` with ``gram = r^H r``, without rows for columns that are zero."""
+    lengths = np.sqrt(np.diag(gram).real)
+    alive = np.flatnonzero(lengths > 0)
+    lengths = lengths[alive]
+    k = len(alive)
+    unit = gram[np.ix_(alive, alive)] / np.outer(lengths, lengths)
+    values = np.linalg.eigvalsh(unit)
+    shift = 11 * (m * k + k * (k + 1)) * eps(np.float64) * float(np.max(values, initial=0.0))
+    shifted = k < len(gram) or float(np.min(values, initial=1.0)) < 2 * shift
+    if shifted:
+        unit = unit + shift * np.eye(k)
+    upper = np.linalg.cholesky(unit).conj().T
+    r = np.zeros((k, len(gram)), dtype=gram.dtype)
+    r[:, alive] = upper * lengths
+    inverse = np.zeros((len(gram), k), dtype=gram.dtype)
+    inverse[alive] = np.linalg.inv(upper) / lengths[:, None]
+    return r, inverse, shifted

@@ -1,0 +1,379 @@
+"""Truncated singular value decompositions with certified errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    adjoint,
+    as_compute,
+    device,
+    eps,
+    host_view,
+    inner,
+    is_array,
+    is_complex,
+    max_abs,
+    namespace,
+    real_dtype,
+    to_host,
+)
+from lowrank_sp.factors import SVD, check_rank
+from lowrank_sp.linalg import krylov
+from lowrank_sp.operators import Dense, LinearOperator, as_operator
+
+# Below this shorter side LAPACK answers before a sketch pays.
+_SMALL = 96
+# Seconds per unit of work, measured on two cores (docs/which-svd.md); only ratios matter.
+_GESDD = 5e-10  # s^2 l
+_EIGH = 1e-10  # s^3
+_GRAM = 2e-11  # s^2 l
+_KRYLOV = 7e-11  # l s per column
+
+
+def truncated_svd(
+    a: Any, rank: int | None = None, *, tol: float | None = None, rng: RNG = None
+) -> SVD:
+    r"""Leading singular triplets of a matrix, to a certified accuracy.
+
+    .. math:: A \approx U \,\mathrm{diag}(\sigma)\, V^H, \qquad \sigma_1 \ge \dots \ge \sigma_k
+
+    Parameters
+    ----------
+    a : array of shape (..., m, n), or anything :func:`~lowrank_sp.operators.as_operator` takes
+        Any floating, complex, integer or boolean dtype. Half precision is computed in float32.
+    rank : int, optional
+        Number of triplets, in ``1..min(m, n)``.
+    tol : float, optional
+        How far the answer may stray from what was asked, relative. With ``rank`` that is the exact
+        triplets: every ``||A^H u_i - sigma_i v_i||`` is at most ``tol sigma_k`` (or rounding); by
+        default ``4 sqrt(eps)``. Without ``rank`` it is ``A`` itself: the smallest rank with
+        ``||A - U diag(sigma) V^H||_F <= tol ||A||_F`` is returned. With neither, all triplets are.
+    rng : int, Generator or None
+        Seed of the random starting block.
+
+    Returns
+    -------
+    SVD
+        Arrays of the library, device and compute dtype of ``a``. ``bounds`` certifies each singular
+        value; ``error`` is ``||A - U diag(sigma) V^H||_F`` where it came for free.
+
+    Raises
+    ------
+    ValueError
+        If the matrix is not finite, ``rank`` is out of range, or ``tol`` is not in (0, 1).
+
+    Notes
+    -----
+    The cheapest of three methods by measured cost is tried first, and the next one where its bounds
+    miss the tolerance: a block Krylov space (:func:`~lowrank_sp.linalg.krylov.block_krylov`,
+    ``4 m n`` flops a column, one read of ``a`` a block), the Gram matrix of the shorter side in
+    float64, LAPACK. Matrices that are not arrays are never made dense.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a = np.diag(1.0 / np.arange(1, 201))
+    >>> f = truncated_svd(a, rank=3, rng=0)
+    >>> f
+    SVD(200 x 200, rank 3, float64)
+    >>> bool(np.all(abs(f.s - [1, 1 / 2, 1 / 3]) <= f.bounds))
+    True
+    >>> truncated_svd(a, tol=0.2).rank
+    14
+    """
+    if tol is not None and not 0 < tol < 1:
+        raise ValueError(f"tol must be in (0, 1), got {tol}; it is relative")
+    if is_array(a) and a.ndim > 2:
+        return _batched(a, rank, tol, rng)
+    if (host := _on_host(a)) is not None:
+        return _moved(truncated_svd(host, rank, tol=tol, rng=rng), a)
+    operator = as_operator(a)
+    m, n = operator.shape
+    if rank is not None:
+        rank = check_rank(rank, min(m, n), (m, n))
+    return _tall(operator.mH, rank, tol, rng).mH if n > m else _tall(operator, rank, tol, rng)
+
+
+def randomized_svd(
+    a: Any, rank: int, *, reads: int = 4, oversampling: int = 8, rng: RNG = None
+) -> SVD:
+    """Leading singular triplets from a fixed number of reads of the matrix.
+
+    A sketch ``A^H omega`` and then ``reads - 1`` block Krylov steps. Where accuracy is what counts,
+    and not the number of reads, call :func:`truncated_svd`.
+
+    Parameters
+    ----------
+    a : array of shape (m, n), or anything :func:`~lowrank_sp.operators.as_operator` takes
+    rank : int
+        In ``1..min(m, n)``.
+    reads : int
+        At least 2. Every read multiplies ``rank + oversampling`` columns by ``A`` and ``A^H``.
+    oversampling : int
+        Columns beyond ``rank``.
+    rng : int, Generator or None
+
+    Returns
+    -------
+    SVD
+        ``bounds`` certifies each singular value. ``error`` is the leave-one-out estimate of
+        ``||A - U diag(sigma) V^H||_F``, good to about ten percent.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a = np.diag(1.0 / np.arange(1, 201))
+    >>> f = randomized_svd(a, rank=5, reads=3, rng=0)
+    >>> truth = np.sqrt(np.sum(1.0 / np.arange(6, 201) ** 2))
+    >>> bool(abs(f.error / truth - 1) < 0.1)
+    True
+    """
+    if (host := _on_host(a)) is not None:
+        f = randomized_svd(host, rank, reads=reads, oversampling=oversampling, rng=rng)
+        return _moved(f, a)
+    operator = as_operator(a)
+    m, n = operator.shape
+    rank = check_rank(rank, min(m, n), (m, n))
+    if reads < 2:
+        raise ValueError(f"reads must be at least 2, got {reads}; one read gives only a sketch")
+    if oversampling < 0:
+        raise ValueError(f"oversampling must be at least 0, got {oversampling}")
+    if n > m:
+        return randomized_svd(operator.mH, rank, reads=reads, oversampling=oversampling, rng=rng).mH
+    return krylov.fixed_reads(
+        operator, rank, width=min(n, rank + oversampling), reads=reads, rng=rng
+    )
+
+
+def minor_svd(a: Any, rank: int) -> SVD:
+    """Trailing singular triplets: the ``rank`` smallest, sorted from large to small.
+
+    No sketch can find them. In single precision they come from the Gram matrix in float64, which
+    resolves every singular value down to ``eps sigma_1``; in double precision from LAPACK.
+    ``O(s^2 l)`` flops for sides ``s <= l``.
+
+    Parameters
+    ----------
+    a : array, shape (m, n)
+    rank : int
+        In ``1..min(m, n)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> minor_svd(np.diag([3.0, 1.0, 2.0]), rank=2).s
+    array([2., 1.])
+    """
+    if (host := _on_host(a)) is not None:
+        return _moved(minor_svd(host, rank), a)
+    operator = as_operator(a)
+    m, n = operator.shape
+    rank = check_rank(rank, min(m, n), (m, n))
+    if n > m:
+        return minor_svd(operator.mH, rank).mH
+    if eps(operator.dtype) > eps(np.float64) and n > _SMALL:
+        f = _gram_svd(operator, lambda theta: rank, slice(0, rank), None)
+        if f is not None:
+            return f
+    f = _lapack(operator)
+    return SVD(
+        *SVD.canonical(f.u[:, n - rank :], f.s[n - rank :], f.vh[n - rank :, :]),
+        f.bounds[n - rank :],
+    )
+
+
+def singular_values(a: Any) -> Array:
+    """All singular values of a matrix, from large to small, accurate to ``eps sigma_1``.
+
+    Parameters
+    ----------
+    a : array, shape (m, n), or an operator small enough to be made dense
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> singular_values(np.diag([1.0, 3.0, 2.0]))
+    array([3., 2., 1.])
+    """
+    operator = as_operator(a)
+    if operator.shape[1] > operator.shape[0]:
+        operator = operator.mH
+    dense = _finite(operator)
+    xp = namespace(dense)
+    if eps(dense.dtype) > eps(np.float64):
+        gram = inner(dense, dense)
+        if eps(gram.dtype) == eps(np.float64) and _in_range(gram):
+            values = xp.flip(xp.linalg.eigvalsh(gram))
+            values = xp.where(values > 0, values, xp.zeros_like(values))
+            return xp.astype(values**0.5, real_dtype(xp, dense.dtype))
+    return xp.linalg.svdvals(dense)
+
+
+def _on_host(a: Any) -> np.ndarray | None:
+    """An array of another library that NumPy can read in place; its BLAS is then as good."""
+    return host_view(a) if is_array(a) and not isinstance(a, np.ndarray) else None
+
+
+def _moved(f: SVD, like: Array) -> SVD:
+    xp = namespace(like)
+    u, s, vh, bounds = (xp.asarray(x, device=device(like), copy=True) for x in (*f, f.bounds))
+    return SVD(u, s, vh, bounds, f.error)
+
+
+def _tall(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG) -> SVD:
+    """:func:`truncated_svd` for ``n <= m``."""
+    m, n = a.shape
+    accuracy = 4 * eps(a.dtype) ** 0.5
+    dense = _fits(a)
+    if dense and (n <= _SMALL or (rank is None and (tol is None or tol < accuracy))):
+        f = _lapack(a)
+        return f.truncate(rank, tol=tol if rank is None else None)
+    norm = math.nan
+    wanted: Callable[[np.ndarray], int | None]
+    if rank is not None:
+        accuracy = tol or accuracy
+        wanted = lambda _: rank  # noqa: E731
+    else:
+        if tol is None or tol < accuracy:
+            raise ValueError(
+                f"an operator that is not an array needs rank, or tol of at least {accuracy:.1e}"
+            )
+        norm = a.norm()
+        if norm == 0.0:
+            rank, wanted = 1, lambda _: 1
+        else:
+            wanted = _energy(tol, norm)
+    budget = (_EIGH * n**3 + _GRAM * n * n * m) / (_KRYLOV * m * n) if dense else math.inf
+    width = min(a.block_columns, n)
+    if 4 * (rank or 1) + 48 <= budget:
+        found = krylov.block_krylov(
+            a,
+            wanted,
+            tol=accuracy,
+            rng=np.random.default_rng(rng),
+            width=width,
+            max_columns=max(512, 8 * (rank or 1)),
+            max_reads=budget / width + 2,
+        )
+        if found.converged or not dense:
+            return _with_error(found.svd, norm)
+    f = _gram_svd(a, wanted, None if rank is None else slice(n - rank, n), accuracy)
+    if f is None:
+        f = _lapack(a).truncate(rank, tol=tol if rank is None else None)
+    return f
+
+
+def _energy(tol: float, norm: float) -> Callable[[np.ndarray], int | None]:
+    """Smallest rank whose error is within ``tol * norm``, once the values found tell it."""
+
+    def wanted(theta: np.ndarray) -> int | None:
+        tails = 1.0 - np.cumsum((theta / norm) ** 2)
+        enough = np.flatnonzero(tails <= tol**2)
+        return int(enough[0]) + 1 if len(enough) else None
+
+    return wanted
+
+
+def _with_error(f: SVD, norm: float) -> SVD:
+    if math.isnan(norm):
+        return f
+    tail = max(0.0, 1.0 - (float(f.norm()) / norm) ** 2) if norm else 0.0
+    return SVD(*f, f.bounds, norm * math.sqrt(tail))
+
+
+def _fits(a: LinearOperator) -> bool:
+    """Whether ``a`` is an array, or small enough to become one."""
+    inner_operator = getattr(a, "operator", a)
+    return isinstance(inner_operator, Dense) or a.shape[0] * a.shape[1] <= 2**20
+
+
+def _finite(a: LinearOperator) -> Array:
+    dense = a.to_dense()
+    if not math.isfinite(max_abs(dense)):
+        raise ValueError(krylov.NOT_FINITE)
+    return dense
+
+
+def _in_range(gram: Array) -> bool:
+    """Whether squares neither overflowed nor vanished."""
+    largest = max_abs(gram)
+    return largest == 0.0 or 1e-200 < largest < 1e200
+
+
+def _lapack(a: LinearOperator) -> SVD:
+    """All triplets of a matrix or a batch, by the library's own SVD."""
+    dense = _finite(a)
+    return _lapack_svd(dense)
+
+
+def _lapack_svd(dense: Array) -> SVD:
+    xp = namespace(dense)
+    u, s, vh = xp.linalg.svd(dense, full_matrices=False)
+    largest = s[..., :1] if s.shape[-1] else s
+    bounds = xp.zeros_like(s) + max(dense.shape[-2:]) * eps(dense.dtype) * largest
+    error = 0.0 if s.ndim == 1 else None
+    return SVD.canonical(u, s, vh, bounds, error)
+
+
+def _gram_svd(
+    a: LinearOperator,
+    wanted: Callable[[np.ndarray], int | None],
+    index: slice | None,
+    tol: float | None,
+) -> SVD | None:
+    """Triplets from the eigenvectors of ``A^H A`` in float64, or None where they miss ``tol``.
+
+    ``index`` selects eigenvectors by position, in ascending order, where that is known beforehand.
+    """
+    dense = _finite(a)
+    xp = namespace(dense)
+    gram = inner(dense, dense)
+    if not _in_range(gram):
+        return None
+    total = (
+        float(xp.real(xp.linalg.trace(gram)))
+        if is_complex(gram.dtype)
+        else float(xp.linalg.trace(gram))
+    )
+    v = _eigenvectors(gram, wanted, index)
+    v = xp.astype(v, dense.dtype)
+    q, r = xp.linalg.qr(dense @ v)
+    left, s, right = xp.linalg.svd(r, full_matrices=False)
+    u, vh = q @ left, right @ adjoint(v)
+    residual = adjoint(dense) @ u - adjoint(vh) * xp.astype(s, dense.dtype)
+    bounds = xp.linalg.vector_norm(residual, axis=0) + 5 * eps(dense.dtype) * total**0.5
+    if tol is not None and float(xp.max(bounds)) > max(
+        tol * float(s[-1]), 10 * eps(dense.dtype) * total**0.5
+    ):
+        return None
+    error = max(0.0, total - float(xp.sum(s**2))) ** 0.5
+    return SVD.canonical(u, s, vh, bounds, error)
+
+
+def _eigenvectors(
+    gram: Array, wanted: Callable[[np.ndarray], int | None], index: slice | None
+) -> Array:
+    xp = namespace(gram)
+    if index is not None and isinstance(gram, np.ndarray):
+        from scipy.linalg import eigh
+
+        _, vectors = eigh(
+            gram,
+            subset_by_index=[index.start, index.stop - 1],
+            overwrite_a=True,
+            check_finite=False,
+        )
+        return vectors[:, ::-1]
+    values, vectors = xp.linalg.eigh(gram)
+    if index is None:
+        theta = np.sqrt(np.maximum(to_host(values)[::-1], 0.0))
+        k = wanted(theta) or len(theta)
+        index = slice(len(theta) - k, len(theta))
+    return xp.flip(vectors[:, index], axis=1)
