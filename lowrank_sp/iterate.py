@@ -113,7 +113,7 @@ def iterate(
     >>> newton = lambda x: ((x + 2 / x) / 2, abs(x * x - 2))
     >>> root = iterate(newton, 1.0, stop=Stop(tol=1e-12), dtype=np.float64)
     >>> round(root.value, 6), root.converged, root.n_iter
-    (1.414214, True, 5)
+    (1.414214, True, 6)
     """
     tol = stop.resolve(dtype)
     history: list[Record] = []

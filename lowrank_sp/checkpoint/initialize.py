@@ -1,0 +1,295 @@
+"""Adapters for a whole checkpoint: factors, residual base and report, written in one go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_sp._arrays import frobenius
+from lowrank_sp.adapters.initializers import INITIALIZERS, Initialization
+from lowrank_sp.checkpoint.model import Checkpoint, Layer
+from lowrank_sp.checkpoint.output import atomic_directory
+from lowrank_sp.checkpoint.peft import AdapterLayer, pattern_value, write_adapter
+from lowrank_sp.checkpoint.tasks import Executor, run
+from lowrank_sp.checkpoint.tensors import CheckpointError
+
+REPORT = "report.json"
+# Weights in other formats would contradict the residual base beside them.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Attributes
+    ----------
+    name : str
+    shape : (int, int)
+        Outputs by inputs.
+    rank : int
+    alpha : float
+    singular_values : list of float
+        Those the adapter was made of; empty where the method uses none.
+    energy : float or None
+        Their share of ``||W||_F^2``.
+    bound : float or None
+        Certified error of every one of them, relative to the largest.
+    seconds : float
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    alpha: float
+    singular_values: list[float]
+    energy: float | None
+    bound: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`initialize` did, as it stands in ``report.json``."""
+
+    method: str
+    rank: int
+    alpha: float
+    seed: int
+    tol: float | None
+    version: str
+    model: str
+    fingerprint: str
+    base: str
+    layers: list[LayerReport]
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read what :meth:`save` wrote."""
+        try:
+            fields = json.loads(path.read_text())
+            layers = [LayerReport(**layer) for layer in fields.pop("layers")]
+            return cls(layers=layers, **fields)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a readable report ({error})") from error
+
+
+@dataclass(frozen=True)
+class _Task:
+    layer: Layer
+    method: Callable[..., Initialization]
+    rank: int
+    alpha: float
+    seed: np.random.SeedSequence
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Done:
+    layer: Layer
+    adapter: AdapterLayer
+    stored: np.ndarray | None  # the residual as it is written, None where the weight is unchanged
+    report: LayerReport
+
+
+def initialize(
+    model: str | Path,
+    method: str,
+    out: str | Path,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    targets: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    fan_in_fan_out: bool | None = None,
+    seed: int = 0,
+    tol: float | None = None,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    ahead: int = 4,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Initialize adapters for the linear layers of a checkpoint and write what PEFT loads.
+
+    Layers are read, factorized and written one at a time; PyTorch is not needed.
+
+    Parameters
+    ----------
+    model : path
+        A model directory of Hugging Face layout, or one ``.safetensors`` file.
+    method : str
+        A name in :data:`~lowrank_sp.adapters.initializers.INITIALIZERS`.
+    out : path
+        Directory to create. It gets ``adapter/`` (PEFT), ``base/`` (the residual model, with the
+        sharding, dtypes and side files of the input; only for methods that change weights) and
+        ``report.json``. It appears at the end, whole.
+    rank : int
+    alpha : float, optional
+        ``rank`` by default, which makes the scale 1.
+    targets : str, optional
+        Regular expression for the names of layers; by default all linear layers.
+    rank_pattern, alpha_pattern : mapping from regular expression to number, optional
+        Exceptions for layers whose name ends with a match. A layer with its own rank but no own
+        alpha keeps the scale ``alpha / rank`` of the others.
+    fan_in_fan_out : bool, optional
+        Whether weights are stored inputs by outputs; by default what the model's configuration
+        implies (GPT-2).
+    seed : int
+        Every layer draws from its own child, so the executor does not change results.
+    tol : float, optional
+        Accuracy of the singular triplets, for methods that use them.
+    overwrite : bool
+        Whether to replace ``out``.
+    executor : Executor, optional
+        Where to factorize: any executor with ``submit``, with access to the files of ``model``.
+    ahead : int
+        Layers in work at a time with an executor; memory grows with it.
+    progress : callable, optional
+        Called as ``progress(done, total, name)``.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    CheckpointError
+        For anything wrong with the checkpoint, the options or the output directory. Nothing is left
+        behind.
+    """
+    from lowrank_sp import __version__
+
+    if method not in INITIALIZERS:
+        raise CheckpointError(f"method must be one of {', '.join(INITIALIZERS)}, got {method!r}")
+    checkpoint = Checkpoint(model)
+    layers = checkpoint.layers(targets, fan_in_fan_out=fan_in_fan_out)
+    scale = (rank if alpha is None else alpha) / rank if rank > 0 else 1.0
+    options = {"tol": tol} if method == "pissa" else {}
+    seeds = np.random.SeedSequence(seed).spawn(len(layers))
+    tasks = []
+    for layer, child in zip(layers, seeds, strict=True):
+        own = pattern_value(rank_pattern, layer.name, rank)
+        own_alpha = pattern_value(alpha_pattern, layer.name, scale * own)
+        if not 1 <= own <= min(layer.shape):
+            raise CheckpointError(
+                f"{layer.name}: rank must be in 1..{min(layer.shape)} for shape "
+                f"{layer.shape[0]} x {layer.shape[1]}, got {own}"
+            )
+        tasks.append(_Task(layer, INITIALIZERS[method], own, own_alpha, child, options))
+    with atomic_directory(out, overwrite=overwrite) as folder:
+        adapters, rows = {}, []
+        base = _Base(checkpoint, folder / "base")
+        for done in run(_initialize_layer, tasks, executor, ahead):
+            adapters[done.layer.name] = done.adapter
+            rows.append(done.report)
+            if done.stored is not None:
+                base.replace(done.layer, done.stored)
+            if progress is not None:
+                progress(len(rows), len(tasks), done.layer.name)
+        final = Path(out).absolute() / "base" if base.changed else Path(model).absolute()
+        (folder / "adapter").mkdir()
+        write_adapter(
+            folder / "adapter",
+            adapters,
+            base=str(final),
+            fan_in_fan_out=any(layer.transposed for layer in layers),
+        )
+        report = Report(
+            method=method,
+            rank=rank,
+            alpha=scale * rank,
+            seed=seed,
+            tol=tol,
+            version=__version__,
+            model=str(Path(model).absolute()),
+            fingerprint=checkpoint.fingerprint(),
+            base="base" if base.changed else str(final),
+            layers=rows,
+        )
+        report.save(folder / REPORT)
+    return report
+
+
+class _Base:
+    """The residual model: a copy of the checkpoint in which some tensors are overwritten."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path):
+        self._checkpoint, self._folder = checkpoint, folder
+        self.changed = False
+
+    def replace(self, layer: Layer, stored: np.ndarray) -> None:
+        """Overwrite the weight of a layer; the first call makes the copy."""
+        if not self.changed:
+            self._copy()
+            self.changed = True
+        layer.tensor.write(stored, self._folder / layer.tensor.path.name)
+
+    def _copy(self) -> None:
+        self._folder.mkdir()
+        for file in self._checkpoint.files:
+            shutil.copyfile(file, self._folder / file.name)
+        if self._checkpoint.path.is_dir():
+            for item in _side_files(self._checkpoint.path):
+                target = self._folder / item.relative_to(self._checkpoint.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(item, target)
+
+
+def _side_files(folder: Path) -> Iterable[Path]:
+    for item in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in item.relative_to(folder).parts)
+        if item.is_file() and not hidden and item.suffix not in _OTHER_WEIGHTS:
+            yield item
+
+
+def _initialize_layer(task: _Task) -> _Done:
+    started = time.perf_counter()
+    layer = task.layer
+    weight = layer.tensor.read()
+    weight = weight.T if layer.transposed else weight
+    try:
+        norm = frobenius(weight)
+        if not np.isfinite(norm):
+            raise ValueError("the weight must be finite, got NaN or infinite entries")
+        start = task.method(
+            weight,
+            task.rank,
+            alpha=task.alpha,
+            rng=np.random.default_rng(task.seed),
+            **task.options,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{layer.name}: {error}") from error
+    stored = None
+    if start.residual is not weight:
+        residual = start.residual.T if layer.transposed else start.residual
+        stored = layer.tensor.encode(residual)
+    values, energy, bound = [], None, None
+    if start.svd is not None:
+        values = [float(s) for s in start.svd.s]
+        energy = float(start.svd.norm() / norm) ** 2 if norm else 1.0
+        bound = float(np.max(start.svd.bounds)) / values[0] if values[0] else 0.0
+    up, down = (np.asarray(f, dtype=np.float32) for f in (start.up, start.down))
+    report = LayerReport(
+        layer.name,
+        layer.shape,
+        task.rank,
+        task.alpha,
+        values,
+        energy,
+        bound,
+        time.perf_counter() - started,
+    )
+    return _Done(layer, AdapterLayer(up, down, start.scale), stored, report)

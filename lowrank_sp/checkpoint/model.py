@@ -1,0 +1,194 @@
+"""A model on disk: its tensors, its configuration, its linear layers, its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header
+
+_INDEX = "model.safetensors.index.json"
+# Architectures whose linear layers are Conv1D modules, which store inputs by outputs.
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"}
+_CONV1D_LAYERS = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+# Matrices that are not linear layers: tables of vectors, and output heads tied to them.
+_NOT_LINEAR = re.compile(
+    r"(^|[._])(embed\w*|wte|wpe|\w*embeddings?|shared|lm_head|relative_attention_bias)([._]|$)"
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a checkpoint.
+
+    Attributes
+    ----------
+    name : str
+        Of the module: the name of its weight without ``.weight``.
+    tensor : Tensor
+    transposed : bool
+        Whether the weight is stored inputs by outputs (``fan_in_fan_out``).
+    """
+
+    name: str
+    tensor: Tensor
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs by inputs, whatever the storage."""
+        rows, columns = self.tensor.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+class Checkpoint:
+    """A model directory of Hugging Face layout, or one safetensors file. Nothing is loaded.
+
+    Parameters
+    ----------
+    path : path
+        A ``.safetensors`` file, or a directory with ``model.safetensors``, with an index of shards
+        or with one safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read as such.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.files = self._weight_files()
+        self.tensors: dict[str, Tensor] = {}
+        for file in self.files:
+            self.tensors.update(read_header(file))
+        if self._index is not None:
+            missing = sorted(set(self._index) - set(self.tensors))
+            if missing:
+                raise CheckpointError(
+                    f"{self.path}: the index names {missing[0]}, which no shard holds "
+                    f"({len(missing)} such); fetch the checkpoint again"
+                )
+
+    @cached_property
+    def _index(self) -> dict[str, str] | None:
+        index = self.path / _INDEX
+        if not index.is_file():
+            return None
+        try:
+            return dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index}: not a readable index ({error})") from error
+
+    def _weight_files(self) -> list[Path]:
+        if self.path.is_file():
+            if self.path.suffix != ".safetensors":
+                raise CheckpointError(f"{self.path}: expected a .safetensors file or a directory")
+            return [self.path]
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: no such file or directory")
+        single = self.path / "model.safetensors"
+        if single.is_file():
+            return [single]
+        if self._index is not None:
+            return [self._shard(name) for name in sorted(set(self._index.values()))]
+        found = sorted(self.path.glob("*.safetensors"))
+        if len(found) == 1:
+            return found
+        what = f"{len(found)} .safetensors files and no index" if found else "no .safetensors file"
+        raise CheckpointError(
+            f"{self.path}: {what}; convert the model with save_pretrained(safe_serialization=True)"
+        )
+
+    def _shard(self, name: str) -> Path:
+        path = self.path / name
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{self.path / _INDEX}: shard {name!r} lies outside the directory"
+            )
+        if not path.is_file():
+            raise CheckpointError(f"{self.path}: shard {name} is missing; fetch it again")
+        return path
+
+    @cached_property
+    def config(self) -> dict:
+        """``config.json``, or an empty dictionary."""
+        path = self.path / "config.json"
+        if not path.is_file():
+            return {}
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+
+    def layers(
+        self, targets: str | None = None, *, fan_in_fan_out: bool | None = None
+    ) -> list[Layer]:
+        """Linear layers, sorted by name.
+
+        Parameters
+        ----------
+        targets : str, optional
+            A regular expression, searched for in the names of the layers. By default all
+            two-dimensional weights but embeddings and output heads.
+        fan_in_fan_out : bool, optional
+            Whether weights are stored inputs by outputs; by default what the configuration's
+            ``model_type`` implies.
+
+        Raises
+        ------
+        CheckpointError
+            If nothing matches, or the model is stored quantized.
+        """
+        if "quantization_config" in self.config:
+            method = self.config["quantization_config"].get("quant_method", "unknown")
+            raise CheckpointError(
+                f"{self.path}: the model is stored quantized ({method}); dequantize it to bf16 first"
+            )
+        try:
+            pattern = re.compile(targets) if targets else None
+        except re.error as error:
+            raise CheckpointError(
+                f"targets {targets!r}: not a regular expression ({error})"
+            ) from error
+        layers = []
+        for name, tensor in sorted(self.tensors.items()):
+            module = name.removesuffix(".weight")
+            if module == name or len(tensor.shape) != 2:
+                continue
+            if pattern.search(module) if pattern else not _NOT_LINEAR.search(module):
+                tensor.check_floating()
+                layers.append(Layer(module, tensor, self._is_transposed(module, fan_in_fan_out)))
+        if not layers:
+            some = [n for n, t in sorted(self.tensors.items()) if len(t.shape) == 2][:3]
+            raise CheckpointError(
+                f"targets {targets!r} match no linear layer of {self.path}; "
+                f"it has for example {', '.join(some) or 'no matrix'}"
+            )
+        return layers
+
+    def _is_transposed(self, module: str, fan_in_fan_out: bool | None) -> bool:
+        if fan_in_fan_out is not None:
+            return fan_in_fan_out
+        conv1d = self.config.get("model_type") in _CONV1D_MODELS
+        return conv1d and _CONV1D_LAYERS.search(module) is not None
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, dtypes, shapes and bytes of all tensors, however sharded."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            total.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+            with tensor.path.open("rb") as file:
+                file.seek(tensor.start)
+                left = tensor.stop - tensor.start
+                while left:
+                    block = file.read(min(left, 2**24))
+                    if not block:
+                        raise CheckpointError(f"{tensor.path}: truncated inside {name}")
+                    total.update(block)
+                    left -= len(block)
+        return f"sha256:{total.hexdigest()}"
