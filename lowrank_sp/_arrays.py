@@ -28,8 +28,8 @@ _REAL = {"complex64": "float32", "complex128": "float64"}
 
 
 def is_array(x: Any) -> bool:
-    """Whether ``x`` is an array of a library that follows the standard."""
-    return compat.is_array_api_obj(x)
+    """Whether ``x`` is an array of a library that follows the standard; Dask does not."""
+    return compat.is_array_api_obj(x) and not compat.is_dask_array(x)
 
 
 def namespace(*arrays: Array) -> Any:
@@ -171,15 +171,8 @@ def inner(x: Array, y: Array) -> Array:
 
 def _wide_dtype(xp: Any, dtype: Any) -> Any:
     name = _WIDE.get(dtype_name(dtype))
-    if name is None or (xp.__name__.startswith("jax") and not _jax_has_float64()):
-        return dtype
-    return getattr(xp, name)
-
-
-def _jax_has_float64() -> bool:
-    import jax
-
-    return bool(jax.config.jax_enable_x64)
+    jax_without_x64 = "jax" in xp.__name__ and xp.asarray(1.0).dtype == xp.float32
+    return dtype if name is None or jax_without_x64 else getattr(xp, name)
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

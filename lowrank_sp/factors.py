@@ -189,11 +189,11 @@ class LowRank(Factored):
         return self.left, self.right
 
     @property
-    def mT(self) -> LowRank:  # noqa: N802
+    def mT(self) -> LowRank:
         return LowRank(self.right.mT, self.left.mT)
 
     @property
-    def mH(self) -> LowRank:  # noqa: N802
+    def mH(self) -> LowRank:
         return LowRank(adjoint(self.right), adjoint(self.left))
 
 
@@ -222,12 +222,12 @@ class SVD(Factored):
     u: Array
     s: Array
     vh: Array
-    bounds: Array | None = None
+    bounds: Array = None
     error: Any = None
 
     @classmethod
     def canonical(
-        cls, u: Array, s: Array, vh: Array, bounds: Array | None = None, error: Any = None
+        cls, u: Array, s: Array, vh: Array, bounds: Array = None, error: Any = None
     ) -> SVD:
         """The SVD of orthonormal, sorted triplets, with their signs fixed."""
         u, vh = fix_signs(u, vh)
@@ -252,11 +252,11 @@ class SVD(Factored):
         return iter((self.u, self.s, self.vh))
 
     @property
-    def mT(self) -> SVD:  # noqa: N802
+    def mT(self) -> SVD:
         return SVD.canonical(self.vh.mT, self.s, self.u.mT, self.bounds, self.error)
 
     @property
-    def mH(self) -> SVD:  # noqa: N802
+    def mH(self) -> SVD:
         return SVD.canonical(adjoint(self.vh), self.s, adjoint(self.u), self.bounds, self.error)
 
     def norm(self) -> Any:

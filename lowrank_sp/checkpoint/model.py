@@ -147,7 +147,8 @@ class Checkpoint:
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "unknown")
             raise CheckpointError(
-                f"{self.path}: the model is stored quantized ({method}); dequantize it to bf16 first"
+                f"{self.path}: the model is stored quantized ({method}); "
+                "dequantize it to bf16 first"
             )
         try:
             pattern = re.compile(targets) if targets else None

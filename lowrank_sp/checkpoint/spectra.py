@@ -65,13 +65,15 @@ def _layer_spectrum(layer: Layer) -> LayerSpectrum:
     except ValueError as error:
         raise CheckpointError(f"{layer.name}: {error}") from error
     return LayerSpectrum(
-        layer.name,
-        layer.shape,
-        [float(x) for x in s],
-        effective_rank(s),
-        stable_rank(s),
-        *(energy_rank(s, share) for share in (0.5, 0.9, 0.99)),
-        gavish_donoho_rank(s, layer.shape),
+        name=layer.name,
+        shape=layer.shape,
+        singular_values=[float(x) for x in s],
+        effective_rank=effective_rank(s),
+        stable_rank=stable_rank(s),
+        rank_50=energy_rank(s, 0.5),
+        rank_90=energy_rank(s, 0.9),
+        rank_99=energy_rank(s, 0.99),
+        signal_rank=gavish_donoho_rank(s, layer.shape),
     )
 
 

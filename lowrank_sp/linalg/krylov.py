@@ -1,11 +1,11 @@
 """Block Krylov subspaces for singular triplets, one read of the matrix per step.
 
-The space is spanned by ``(A^H A)^j A^H omega`` for a Gaussian block ``omega``, ``j = 0, 1, ...``. It
-starts from the left sketch ``A^H omega`` rather than from a random block, for a product
-``A^H (A x)`` from random ``x`` loses every direction with a singular value below
-``sqrt(eps) sigma_1``. A :class:`Basis` keeps an orthonormal ``p`` of the space and ``y = A p``; each step
-multiplies the newest block by ``A`` and ``A^H`` together and orthogonalizes the result against all of
-``p``. Singular values come from ``y``, never from its Gram matrix.
+The space is spanned by ``(A^H A)^j A^H omega``, ``j = 0, 1, ...``, for a Gaussian block ``omega``.
+It starts from the left sketch ``A^H omega`` rather than from a random block, for ``A^H (A x)`` with
+random ``x`` loses every direction with a singular value below ``sqrt(eps) sigma_1``. A
+:class:`Basis` keeps an orthonormal ``p`` of the space and ``y = A p``; each step multiplies the
+newest block by ``A`` and ``A^H`` together and orthogonalizes the result against all of ``p``.
+Singular values come from ``y``, never from its Gram matrix.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from lowrank_sp._arrays import (
 from lowrank_sp.factors import SVD
 from lowrank_sp.linalg.orth import orthonormalize
 from lowrank_sp.operators import LinearOperator, Scaled
-
 
 NOT_FINITE = (
     "the matrix must be finite, got NaN or infinite entries, or entries too large to multiply; "
@@ -119,7 +118,7 @@ def expand(a: LinearOperator, basis: Basis) -> Basis:
     y, z = a.normal(basis.fresh)
     basis = _append(basis, y)
     z, _ = _project_out(basis.p, z)
-    floor = 10 * eps(a.dtype) * float(np.max(np.diag(basis.gram).real, initial=0.0))
+    floor = 10 * eps(a.dtype) * float(np.max(np.abs(np.diag(basis.gram)), initial=0.0))
     fresh, r = orthonormalize(z, floor=floor)
     return replace(basis, fresh=fresh, coupling=to_host(r))
 

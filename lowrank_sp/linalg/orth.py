@@ -74,7 +74,7 @@ def _times(x: Array, small: np.ndarray) -> Array:
 
 def _cholesky(gram: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """``(r, inverse, shifted)`` with ``gram = r^H r``, without rows for columns that are zero."""
-    lengths = np.sqrt(np.diag(gram).real)
+    lengths = np.sqrt(np.abs(np.diag(gram)))
     alive = np.flatnonzero(lengths > 0)
     lengths = lengths[alive]
     k = len(alive)

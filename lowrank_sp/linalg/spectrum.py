@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 from lowrank_sp._arrays import Array, adjoint, max_abs, namespace
 
 
 def effective_rank(s: Array) -> float:
-    r"""Exponential of the entropy of ``p = s / sum(s)``: ``1`` for one value, ``n`` for ``n`` equal.
+    r"""Exponential of the entropy of ``p = s / sum(s)``: ``n`` for ``n`` equal values.
 
     Parameters
     ----------
@@ -123,7 +124,8 @@ def marchenko_pastur_median(beta: float) -> float:
 
         return quad(density, 0.0, angle)[0] / (2 * math.pi * beta)
 
-    return middle - radius * math.cos(brentq(lambda a: mass(a) - 0.5, 1e-9, math.pi))
+    angle: Any = brentq(lambda a: mass(a) - 0.5, 1e-9, math.pi)
+    return middle - radius * math.cos(angle)
 
 
 def principal_angles(u: Array, v: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from lowrank_sp._arrays import (
     host_view,
     inner,
     is_array,
-    is_complex,
     max_abs,
     namespace,
     real_dtype,
@@ -179,14 +179,12 @@ def minor_svd(a: Any, rank: int) -> SVD:
     if n > m:
         return minor_svd(operator.mH, rank).mH
     if eps(operator.dtype) > eps(np.float64) and n > _SMALL:
-        f = _gram_svd(operator, lambda theta: rank, slice(0, rank), None)
+        f = _gram_svd(operator, lambda _: rank, slice(0, rank), None)
         if f is not None:
             return f
-    f = _lapack(operator)
-    return SVD(
-        *SVD.canonical(f.u[:, n - rank :], f.s[n - rank :], f.vh[n - rank :, :]),
-        f.bounds[n - rank :],
-    )
+    f = _lapack(operator.to_dense())
+    last = slice(n - rank, n)
+    return SVD(f.u[:, last], f.s[last], f.vh[last, :], f.bounds[last])
 
 
 def singular_values(a: Any) -> Array:
@@ -205,7 +203,7 @@ def singular_values(a: Any) -> Array:
     operator = as_operator(a)
     if operator.shape[1] > operator.shape[0]:
         operator = operator.mH
-    dense = _finite(operator)
+    dense = _finite(operator.to_dense())
     xp = namespace(dense)
     if eps(dense.dtype) > eps(np.float64):
         gram = inner(dense, dense)
@@ -214,6 +212,25 @@ def singular_values(a: Any) -> Array:
             values = xp.where(values > 0, values, xp.zeros_like(values))
             return xp.astype(values**0.5, real_dtype(xp, dense.dtype))
     return xp.linalg.svdvals(dense)
+
+
+def _batched(a: Array, rank: int | None, tol: float | None, rng: RNG) -> SVD:
+    """One SVD for every matrix of a stack."""
+    xp = namespace(a)
+    if rank is None and tol is not None:
+        raise ValueError("a batch needs one rank, got only tol; loop over the matrices instead")
+    if min(a.shape[-2:]) <= _SMALL or rank is None:
+        f = _lapack(as_compute(a))
+        return f if rank is None else f.truncate(rank)
+    flat = xp.reshape(a, (-1, *a.shape[-2:]))
+    children = np.random.default_rng(rng).spawn(flat.shape[0])
+    parts = [truncated_svd(flat[i, ...], rank, tol=tol, rng=g) for i, g in enumerate(children)]
+
+    def stack(name: str) -> Array:
+        arrays = xp.stack([getattr(f, name) for f in parts], axis=0)
+        return xp.reshape(arrays, (*a.shape[:-2], *arrays.shape[1:]))
+
+    return SVD(stack("u"), stack("s"), stack("vh"), stack("bounds"))
 
 
 def _on_host(a: Any) -> np.ndarray | None:
@@ -233,7 +250,7 @@ def _tall(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG) -> S
     accuracy = 4 * eps(a.dtype) ** 0.5
     dense = _fits(a)
     if dense and (n <= _SMALL or (rank is None and (tol is None or tol < accuracy))):
-        f = _lapack(a)
+        f = _lapack(a.to_dense())
         return f.truncate(rank, tol=tol if rank is None else None)
     norm = math.nan
     wanted: Callable[[np.ndarray], int | None]
@@ -266,7 +283,7 @@ def _tall(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG) -> S
             return _with_error(found.svd, norm)
     f = _gram_svd(a, wanted, None if rank is None else slice(n - rank, n), accuracy)
     if f is None:
-        f = _lapack(a).truncate(rank, tol=tol if rank is None else None)
+        f = _lapack(a.to_dense()).truncate(rank, tol=tol if rank is None else None)
     return f
 
 
@@ -285,7 +302,7 @@ def _with_error(f: SVD, norm: float) -> SVD:
     if math.isnan(norm):
         return f
     tail = max(0.0, 1.0 - (float(f.norm()) / norm) ** 2) if norm else 0.0
-    return SVD(*f, f.bounds, norm * math.sqrt(tail))
+    return replace(f, error=norm * math.sqrt(tail))
 
 
 def _fits(a: LinearOperator) -> bool:
@@ -294,8 +311,7 @@ def _fits(a: LinearOperator) -> bool:
     return isinstance(inner_operator, Dense) or a.shape[0] * a.shape[1] <= 2**20
 
 
-def _finite(a: LinearOperator) -> Array:
-    dense = a.to_dense()
+def _finite(dense: Array) -> Array:
     if not math.isfinite(max_abs(dense)):
         raise ValueError(krylov.NOT_FINITE)
     return dense
@@ -307,19 +323,13 @@ def _in_range(gram: Array) -> bool:
     return largest == 0.0 or 1e-200 < largest < 1e200
 
 
-def _lapack(a: LinearOperator) -> SVD:
-    """All triplets of a matrix or a batch, by the library's own SVD."""
-    dense = _finite(a)
-    return _lapack_svd(dense)
-
-
-def _lapack_svd(dense: Array) -> SVD:
+def _lapack(dense: Array) -> SVD:
+    """All triplets of a matrix or a stack of them, by the library's own SVD."""
     xp = namespace(dense)
-    u, s, vh = xp.linalg.svd(dense, full_matrices=False)
+    u, s, vh = xp.linalg.svd(_finite(dense), full_matrices=False)
     largest = s[..., :1] if s.shape[-1] else s
     bounds = xp.zeros_like(s) + max(dense.shape[-2:]) * eps(dense.dtype) * largest
-    error = 0.0 if s.ndim == 1 else None
-    return SVD.canonical(u, s, vh, bounds, error)
+    return SVD.canonical(u, s, vh, bounds, 0.0 if s.ndim == 1 else None)
 
 
 def _gram_svd(
@@ -332,29 +342,22 @@ def _gram_svd(
 
     ``index`` selects eigenvectors by position, in ascending order, where that is known beforehand.
     """
-    dense = _finite(a)
+    dense = _finite(a.to_dense())
     xp = namespace(dense)
     gram = inner(dense, dense)
     if not _in_range(gram):
         return None
-    total = (
-        float(xp.real(xp.linalg.trace(gram)))
-        if is_complex(gram.dtype)
-        else float(xp.linalg.trace(gram))
-    )
-    v = _eigenvectors(gram, wanted, index)
-    v = xp.astype(v, dense.dtype)
+    norm = max(0.0, complex(xp.linalg.trace(gram)).real) ** 0.5
+    rounding = 5 * eps(dense.dtype) * norm
+    v = xp.astype(_eigenvectors(gram, wanted, index), dense.dtype)
     q, r = xp.linalg.qr(dense @ v)
     left, s, right = xp.linalg.svd(r, full_matrices=False)
     u, vh = q @ left, right @ adjoint(v)
     residual = adjoint(dense) @ u - adjoint(vh) * xp.astype(s, dense.dtype)
-    bounds = xp.linalg.vector_norm(residual, axis=0) + 5 * eps(dense.dtype) * total**0.5
-    if tol is not None and float(xp.max(bounds)) > max(
-        tol * float(s[-1]), 10 * eps(dense.dtype) * total**0.5
-    ):
+    bounds = xp.linalg.vector_norm(residual, axis=0) + rounding
+    if tol is not None and float(xp.max(bounds)) > max(tol * float(s[-1]), 2 * rounding):
         return None
-    error = max(0.0, total - float(xp.sum(s**2))) ** 0.5
-    return SVD.canonical(u, s, vh, bounds, error)
+    return _with_error(SVD.canonical(u, s, vh, bounds), norm)
 
 
 def _eigenvectors(

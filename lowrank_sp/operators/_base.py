@@ -84,12 +84,12 @@ class LinearOperator(ABC):
             yield start, self.matmul(columns)
 
     @property
-    def mH(self) -> LinearOperator:  # noqa: N802
+    def mH(self) -> LinearOperator:
         """Adjoint, of shape ``(n, m)``."""
         return Adjoint(self)
 
     @property
-    def mT(self) -> LinearOperator:  # noqa: N802
+    def mT(self) -> LinearOperator:
         """Transpose, of shape ``(n, m)``; the adjoint when the operator is real."""
         return _Conjugate(Adjoint(self)) if is_complex(self.dtype) else self.mH
 
@@ -149,7 +149,7 @@ class Adjoint(LinearOperator):
         return adjoint(self.operator.to_dense())
 
     @property
-    def mH(self) -> LinearOperator:  # noqa: N802
+    def mH(self) -> LinearOperator:
         return self.operator
 
 

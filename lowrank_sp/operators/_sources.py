@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -212,7 +213,8 @@ class Dask(LinearOperator):
         return self._compute(x, _block_normal, split=False)
 
     def norm(self) -> float:
-        from dask import compute, delayed
+        from dask.base import compute
+        from dask.delayed import delayed
 
         return sum(n**2 for n in compute(*map(delayed(_block_norm), self._blocks()))) ** 0.5
 
@@ -223,11 +225,12 @@ class Dask(LinearOperator):
         return list(self.array.to_delayed()[:, 0])
 
     def _compute(self, x: Array, product: Callable, *, split: bool) -> tuple[Array, Array]:
-        from dask import compute, delayed
+        from dask.base import compute
+        from dask.delayed import delayed
 
         edges = np.cumsum((0, *self.array.chunks[0]))
         if split:
-            inputs = [delayed(x[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            inputs = [delayed(x[a:b]) for a, b in itertools.pairwise(edges)]
         else:
             inputs = [delayed(x)] * (len(edges) - 1)
         pairs = [
