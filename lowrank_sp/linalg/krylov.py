@@ -89,7 +89,7 @@ def start(
     """
     xp = namespace(a.like)
     m, n = a.shape
-    z = a.rmatmul(standard_normal((m, width), like=a.like, rng=rng))
+    z = a.sketch(width, rng)
     largest = float(xp.max(abs(z)))
     if not math.isfinite(largest):
         raise ValueError(NOT_FINITE)
@@ -148,7 +148,7 @@ def inject(a: LinearOperator, basis: Basis, width: int, rng: np.random.Generator
     xp = namespace(basis.p)
     width = min(width, a.shape[1] - basis.columns - basis.fresh.shape[1])
     known = xp.concat([basis.p, basis.fresh], axis=1)
-    z = a.rmatmul(standard_normal((a.shape[0], width), like=a.like, rng=rng))
+    z = a.sketch(width, rng)
     z, _ = _project_out(known, z)
     random, _ = orthonormalize(z, floor=10 * eps(a.dtype) * basis.size)
     return replace(

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from numbers import Number
 from typing import Any
 
-from lowrank_sp._arrays import Array, adjoint, device, frobenius, is_array, is_complex, namespace
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    adjoint,
+    device,
+    frobenius,
+    is_array,
+    is_complex,
+    namespace,
+    standard_normal,
+)
 
 
 class LinearOperator(ABC):
@@ -63,6 +73,10 @@ class LinearOperator(ABC):
         """``(A @ x, A^H @ A @ x)``, reading the data once where the operator can."""
         y = self.matmul(x)
         return y, self.rmatmul(y)
+
+    def sketch(self, width: int, rng: RNG = None) -> Array:
+        """``A^H @ omega`` with ``width`` Gaussian columns of unit variance."""
+        return self.rmatmul(standard_normal((self.shape[0], width), like=self.like, rng=rng))
 
     def norm(self) -> float:
         """Frobenius norm. By default from products with blocks of the identity."""
@@ -191,6 +205,9 @@ class Scaled(LinearOperator):
         # Scaling the input keeps y, from which z is formed, within range.
         y, z = self.operator.normal(x * self.factor)
         return y, z * self.factor.conjugate()
+
+    def sketch(self, width: int, rng: RNG = None) -> Array:
+        return self.operator.sketch(width, rng) * self.factor.conjugate()
 
     def norm(self) -> float:
         return abs(self.factor) * self.operator.norm()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from lowrank_sp._arrays import (
+    RNG,
     Array,
     adjoint,
     as_compute,
@@ -17,6 +18,7 @@ from lowrank_sp._arrays import (
     frobenius,
     is_array,
     namespace,
+    standard_normal,
 )
 from lowrank_sp.operators._base import LinearOperator
 
@@ -204,13 +206,21 @@ class Dask(LinearOperator):
         self.array = a.rechunk({1: -1}) if len(a.chunks[1]) > 1 else a
 
     def matmul(self, x: Array) -> Array:
-        return self._compute(x, _block_matmul, split=False)[0]
+        parts, _ = self._compute(_block_matmul, [x] * self.array.numblocks[0])
+        return np.concatenate(parts)
 
     def rmatmul(self, x: Array) -> Array:
-        return self._compute(x, _block_rmatmul, split=True)[1]
+        edges = np.cumsum((0, *self.array.chunks[0]))
+        return self._compute(_block_rmatmul, [x[a:b] for a, b in pairwise(edges)])[1]
 
     def normal(self, x: Array) -> tuple[Array, Array]:
-        return self._compute(x, _block_normal, split=False)
+        parts, z = self._compute(_block_normal, [x] * self.array.numblocks[0])
+        return np.concatenate(parts), z
+
+    def sketch(self, width: int, rng: RNG = None) -> Array:
+        # Every block draws its own rows of omega, so that they need not travel.
+        children = np.random.default_rng(rng).spawn(self.array.numblocks[0])
+        return self._compute(_block_sketch, [(width, child) for child in children])[1]
 
     def norm(self) -> float:
         from dask.base import compute
@@ -224,22 +234,20 @@ class Dask(LinearOperator):
     def _blocks(self) -> list[Any]:
         return list(self.array.to_delayed()[:, 0])
 
-    def _compute(self, x: Array, product: Callable, *, split: bool) -> tuple[Array, Array]:
+    def _compute(self, product: Callable, inputs: list[Any]) -> tuple[list[Array], Array]:
+        """``product(block, input)`` of every block: first results, sum of the second."""
         from dask.base import compute
         from dask.delayed import delayed
 
-        edges = np.cumsum((0, *self.array.chunks[0]))
-        if split:
-            inputs = [delayed(x[a:b]) for a, b in itertools.pairwise(edges)]
-        else:
-            inputs = [delayed(x)] * (len(edges) - 1)
+        # One task for an input that all blocks share.
+        shared = {id(x): delayed(x) for x in inputs}
         pairs = [
-            delayed(product, nout=2)(block, part)
-            for block, part in zip(self._blocks(), inputs, strict=True)
+            delayed(product, nout=2)(block, shared[id(x)])
+            for block, x in zip(self._blocks(), inputs, strict=True)
         ]
         total = _tree_sum([z for _, z in pairs], delayed(_add))
         *parts, z = compute(*[y for y, _ in pairs], total)
-        return (parts[0] if split else np.concatenate(parts)), z
+        return parts, z
 
 
 def _tree_sum(terms: list[Any], add: Callable) -> Any:
@@ -259,6 +267,13 @@ def _block_matmul(block: Array, x: Array) -> tuple[Array, None]:
 
 def _block_rmatmul(block: Array, x: Array) -> tuple[None, Array]:
     return None, adjoint(adjoint(x) @ as_compute(block))
+
+
+def _block_sketch(block: Array, draw: tuple[int, np.random.Generator]) -> tuple[None, Array]:
+    width, rng = draw
+    block = as_compute(block)
+    omega = standard_normal((block.shape[0], width), like=block, rng=rng)
+    return None, adjoint(adjoint(omega) @ block)
 
 
 def _block_normal(block: Array, x: Array) -> tuple[Array, Array]:
