@@ -117,10 +117,10 @@ def expand(a: LinearOperator, basis: Basis) -> Basis:
     """Multiply the fresh block and make the next one: one read of ``A``."""
     y, z = a.normal(basis.fresh)
     basis = _append(basis, y)
-    z, _ = _project_out(basis.p, z)
     floor = 10 * eps(a.dtype) * float(np.max(np.abs(np.diag(basis.gram)), initial=0.0))
-    fresh, r = orthonormalize(z, floor=floor)
-    return replace(basis, fresh=fresh, coupling=to_host(r))
+    fresh, r = _orthonormalize_against(basis.p, z, floor)
+    width = min(fresh.shape[1], min(a.shape) - basis.columns)
+    return replace(basis, fresh=fresh[:, :width], coupling=to_host(r)[:width, :])
 
 
 def _append(basis: Basis, y: Array) -> Basis:
@@ -136,11 +136,19 @@ def _append(basis: Basis, y: Array) -> Basis:
     return replace(basis, p=p, y=y, gram=gram, reads=basis.reads + 1)
 
 
-def _project_out(p: Array, z: Array) -> tuple[Array, Array]:
-    """``z`` without its component in the span of ``p``, in two passes."""
-    first = adjoint(p) @ z
-    z = z - p @ first
-    return z - p @ (adjoint(p) @ z), first
+def _orthonormalize_against(p: Array, z: Array, floor: float) -> tuple[Array, Array]:
+    """``q`` and ``r`` with ``z - p p^H z = q r``, ``q`` orthonormal and orthogonal to ``p``.
+
+    Two rounds of projection and orthonormalization. What the second projection halves came from
+    rounding in the first: it is dropped, like directions no longer than ``floor``.
+    """
+    q, first = orthonormalize(_project_out(p, z), floor=floor)
+    q, second = orthonormalize(_project_out(p, q), floor=0.5)
+    return q, second @ first
+
+
+def _project_out(p: Array, z: Array) -> Array:
+    return z - p @ (adjoint(p) @ z)
 
 
 def inject(a: LinearOperator, basis: Basis, width: int, rng: np.random.Generator) -> Basis:
@@ -149,8 +157,7 @@ def inject(a: LinearOperator, basis: Basis, width: int, rng: np.random.Generator
     width = min(width, a.shape[1] - basis.columns - basis.fresh.shape[1])
     known = xp.concat([basis.p, basis.fresh], axis=1)
     z = a.sketch(width, rng)
-    z, _ = _project_out(known, z)
-    random, _ = orthonormalize(z, floor=10 * eps(a.dtype) * basis.size)
+    random, _ = _orthonormalize_against(known, z, 10 * eps(a.dtype) * basis.size)
     return replace(
         basis,
         fresh=xp.concat([basis.fresh, random], axis=1),
@@ -216,7 +223,7 @@ def leave_one_out(basis: Basis, replicates: int = 10) -> float:
         others[:w] = np.delete(basis.sketch, i, axis=1)
         space = block = _range(others)
         for _ in range(steps - 1):
-            block = _range(_project_out(space, basis.gram @ block)[0])
+            block = _range(_project_out(space, _project_out(space, basis.gram @ block)))
             space = np.concatenate([space, block], axis=1)
         column = np.zeros(d, dtype=basis.gram.dtype)
         column[:w] = basis.sketch[:, i]
@@ -300,8 +307,7 @@ class _Search:
             u, s, v, _ = triplets(basis, k)
             z = self.a.rmatmul(u) - v * from_host(s, v)
             residual = to_host(xp.linalg.vector_norm(z, axis=0)).astype(np.float64)
-            z, _ = _project_out(basis.p, z)
-            fresh, _ = orthonormalize(z, floor=2 * self.unit)
+            fresh, _ = _orthonormalize_against(basis.p, z, 2 * self.unit)
             basis = replace(basis, fresh=fresh, reads=basis.reads + 1)
             converged = bool(np.all(residual <= self.target(s)))
             if converged or not fresh.shape[1] or basis.reads >= self.max_reads:
@@ -335,7 +341,7 @@ def block_krylov(
     Parameters
     ----------
     a : LinearOperator, shape (m, n)
-        The space lies on the side of the columns, which should be the shorter one.
+        The space lies on the side of the columns: best the shorter one, unless ``a.one_read``.
     wanted : callable
         From the Ritz values found so far, sorted, to how many triplets are wanted, or None while
         that cannot be told.
@@ -378,7 +384,8 @@ def block_krylov(
         k = search.wanted(found.s) or len(found.s)
         spread = 2 * float(np.max(found.bounds, initial=0.0))
         hidden = _copies(found.s, spread) >= basis.sketched
-        if not (hidden or k > len(found.s)) or basis.columns >= n or basis.reads >= max_reads:
+        enough = k <= len(found.s) and not hidden
+        if enough or basis.columns >= min(m, n) or basis.reads >= max_reads:
             break
         known = basis.columns + basis.fresh.shape[1]
         basis = inject(scaled, basis, width, rng)
@@ -398,14 +405,13 @@ def fixed_reads(a: LinearOperator, rank: int, *, width: int, reads: int, rng: RN
     u, s, v, small = triplets(basis, basis.columns)
     bounds = residuals(basis, s, small) + _rounding(s, unit)
     error = math.hypot(leave_one_out(basis), float(np.linalg.norm(s[rank:])))
-    found = Found(u[:, :rank], s[:rank], v[:, :rank], bounds[:rank], True)
-    svd = _finish(found, rank, factor, 2 * unit, generator)
+    svd = _finish(Found(u, s, v, bounds, True), rank, factor, 2 * unit, generator)
     return replace(svd, error=error / factor)
 
 
 def _finish(found: Found, k: int, factor: float, noise: float, rng: np.random.Generator) -> SVD:
-    """The SVD in the units of ``A``, with zeros for singular values that are not there."""
-    u, s, v, bounds, _ = found
+    """The first ``k`` triplets in the units of ``A``, zeros where there are not so many."""
+    u, s, v, bounds = found.u[:, :k], found.s[:k], found.v[:, :k], found.bounds[:k]
     if k > len(s):
         missing = np.zeros(k - len(s))
         s, bounds = np.concatenate([s, missing]), np.concatenate([bounds, missing + noise])
@@ -438,5 +444,5 @@ def _copies(s: np.ndarray, spread: float) -> int:
 def _complete(q: Array, k: int, rng: np.random.Generator) -> Array:
     """Orthonormal columns appended to ``q`` up to ``k`` of them."""
     extra = standard_normal((q.shape[0], k - q.shape[1]), like=q, rng=rng)
-    extra, _ = orthonormalize(_project_out(q, extra)[0])
-    return namespace(q).concat([q, _project_out(q, extra)[0]], axis=1)
+    extra, _ = _orthonormalize_against(q, extra, 0.0)
+    return namespace(q).concat([q, extra], axis=1)

@@ -36,6 +36,9 @@ _EIGH = 1e-10  # s^3
 _GRAM = 2e-11  # s^2 l
 _KRYLOV = 7e-11  # l s per column
 
+# From the singular values found so far to how many are wanted, or None while that is open.
+Wanted = Callable[[np.ndarray], int | None]
+
 
 def truncated_svd(
     a: Any, rank: int | None = None, *, tol: float | None = None, rng: RNG = None
@@ -98,7 +101,7 @@ def truncated_svd(
     m, n = operator.shape
     if rank is not None:
         rank = check_rank(rank, min(m, n), (m, n))
-    return _tall(operator.mH, rank, tol, rng).mH if n > m else _tall(operator, rank, tol, rng)
+    return _truncated(operator, rank, tol, rng)
 
 
 def randomized_svd(
@@ -145,11 +148,10 @@ def randomized_svd(
         raise ValueError(f"reads must be at least 2, got {reads}; one read gives only a sketch")
     if oversampling < 0:
         raise ValueError(f"oversampling must be at least 0, got {oversampling}")
-    if n > m:
-        return randomized_svd(operator.mH, rank, reads=reads, oversampling=oversampling, rng=rng).mH
-    return krylov.fixed_reads(
-        operator, rank, width=min(n, rank + oversampling), reads=reads, rng=rng
-    )
+    oriented, flipped = _oriented(operator)
+    width = min(m, n, rank + oversampling)
+    f = krylov.fixed_reads(oriented, rank, width=width, reads=reads, rng=rng)
+    return f.mH if flipped else f
 
 
 def minor_svd(a: Any, rank: int) -> SVD:
@@ -179,7 +181,7 @@ def minor_svd(a: Any, rank: int) -> SVD:
     if n > m:
         return minor_svd(operator.mH, rank).mH
     if eps(operator.dtype) > eps(np.float64) and n > _SMALL:
-        f = _gram_svd(operator, lambda _: rank, slice(0, rank), None)
+        f = _gram_svd(operator, _exactly(rank), slice(0, rank), None)
         if f is not None:
             return f
     f = _lapack(operator.to_dense())
@@ -244,34 +246,34 @@ def _moved(f: SVD, like: Array) -> SVD:
     return SVD(u, s, vh, bounds, f.error)
 
 
-def _tall(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG) -> SVD:
-    """:func:`truncated_svd` for ``n <= m``."""
+def _oriented(a: LinearOperator) -> tuple[LinearOperator, bool]:
+    """``a`` or its adjoint, whichever is read once, else the one with fewer columns."""
+    flipped = not a.one_read and (a.mH.one_read or a.shape[1] > a.shape[0])
+    return (a.mH, True) if flipped else (a, False)
+
+
+def _truncated(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG) -> SVD:
+    """:func:`truncated_svd` of an operator, its arguments checked."""
     m, n = a.shape
+    short, long = sorted((m, n))
     accuracy = 4 * eps(a.dtype) ** 0.5
     dense = _fits(a)
-    if dense and (n <= _SMALL or (rank is None and (tol is None or tol < accuracy))):
-        f = _lapack(a.to_dense())
-        return f.truncate(rank, tol=tol if rank is None else None)
-    norm = math.nan
-    wanted: Callable[[np.ndarray], int | None]
-    if rank is not None:
-        accuracy = tol or accuracy
-        wanted = lambda _: rank  # noqa: E731
-    else:
-        if tol is None or tol < accuracy:
-            raise ValueError(
-                f"an operator that is not an array needs rank, or tol of at least {accuracy:.1e}"
-            )
-        norm = a.norm()
-        if norm == 0.0:
-            rank, wanted = 1, lambda _: 1
-        else:
-            wanted = _energy(tol, norm)
-    budget = (_EIGH * n**3 + _GRAM * n * n * m) / (_KRYLOV * m * n) if dense else math.inf
-    width = min(a.block_columns, n)
+    truncation = None if rank is not None else tol
+    if dense and (short <= _SMALL or (rank is None and (tol is None or tol < accuracy))):
+        return _lapack(a.to_dense()).truncate(rank, tol=truncation)
+    if rank is None and (tol is None or tol < accuracy):
+        raise ValueError(
+            f"an operator that is not an array needs rank, or tol of at least {accuracy:.1e}"
+        )
+    norm = math.nan if rank is not None else a.norm()
+    wanted = _exactly(rank) if rank is not None else _energy(tol or 0.0, norm)
+    accuracy = tol or accuracy if rank is not None else accuracy
+    budget = (_EIGH * short**3 + _GRAM * short**2 * long) / (_KRYLOV * m * n) if dense else math.inf
     if 4 * (rank or 1) + 48 <= budget:
+        oriented, flipped = _oriented(a)
+        width = min(a.block_columns, short)
         found = krylov.block_krylov(
-            a,
+            oriented,
             wanted,
             tol=accuracy,
             rng=np.random.default_rng(rng),
@@ -280,17 +282,25 @@ def _tall(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG) -> S
             max_reads=budget / width + 2,
         )
         if found.converged or not dense:
-            return _with_error(found.svd, norm)
-    f = _gram_svd(a, wanted, None if rank is None else slice(n - rank, n), accuracy)
+            return _with_error(found.svd.mH if flipped else found.svd, norm)
+    tall = a.mH if n > m else a
+    index = None if rank is None else slice(short - rank, short)
+    f = _gram_svd(tall, wanted, index, accuracy)
     if f is None:
-        f = _lapack(a.to_dense()).truncate(rank, tol=tol if rank is None else None)
-    return f
+        return _lapack(a.to_dense()).truncate(rank, tol=truncation)
+    return f.mH if n > m else f
 
 
-def _energy(tol: float, norm: float) -> Callable[[np.ndarray], int | None]:
+def _exactly(rank: int) -> Wanted:
+    return lambda _: rank
+
+
+def _energy(tol: float, norm: float) -> Wanted:
     """Smallest rank whose error is within ``tol * norm``, once the values found tell it."""
 
     def wanted(theta: np.ndarray) -> int | None:
+        if norm == 0.0:
+            return 1
         tails = 1.0 - np.cumsum((theta / norm) ** 2)
         enough = np.flatnonzero(tails <= tol**2)
         return int(enough[0]) + 1 if len(enough) else None
@@ -334,7 +344,7 @@ def _lapack(dense: Array) -> SVD:
 
 def _gram_svd(
     a: LinearOperator,
-    wanted: Callable[[np.ndarray], int | None],
+    wanted: Wanted,
     index: slice | None,
     tol: float | None,
 ) -> SVD | None:
@@ -360,9 +370,7 @@ def _gram_svd(
     return _with_error(SVD.canonical(u, s, vh, bounds), norm)
 
 
-def _eigenvectors(
-    gram: Array, wanted: Callable[[np.ndarray], int | None], index: slice | None
-) -> Array:
+def _eigenvectors(gram: Array, wanted: Wanted, index: slice | None) -> Array:
     xp = namespace(gram)
     if index is not None and isinstance(gram, np.ndarray):
         from scipy.linalg import eigh

@@ -34,6 +34,8 @@ class LinearOperator(ABC):
     #: Width of a block from which a further column costs its full flops; algorithms that choose
     #: how many columns to multiply at once start from it.
     block_columns: int = 8
+    #: Whether :meth:`normal` reads the data once.
+    one_read: bool = False
 
     # NumPy hands ``array @ operator`` and ``scalar * operator`` over to this class.
     __array_ufunc__ = None

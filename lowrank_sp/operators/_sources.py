@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from lowrank_sp._arrays import (
     device,
     frobenius,
     is_array,
+    is_complex,
     namespace,
     standard_normal,
 )
@@ -24,6 +26,8 @@ from lowrank_sp.operators._base import LinearOperator
 
 # Rows read at a time from data that is not multiplied in place.
 _BLOCK_BYTES = 2**25
+# Entries from which loading numba is worth while.
+_FUSED_SIZE = 2**19
 
 
 def as_operator(a: Any) -> LinearOperator:
@@ -69,6 +73,7 @@ class Dense(LinearOperator):
         xp = namespace(a)
         super().__init__(a.shape, xp.empty((0, 0), dtype=a.dtype, device=device(a)))
         self.array = a
+        self.one_read = _has_fused_product(a)
 
     def matmul(self, x: Array) -> Array:
         return self.array @ x
@@ -77,11 +82,31 @@ class Dense(LinearOperator):
         # x^H A reads A along its rows, which BLAS libraries do faster than A^H x.
         return adjoint(adjoint(x) @ self.array)
 
+    def normal(self, x: Array) -> tuple[Array, Array]:
+        if self.one_read and 0 < x.shape[1] <= 16:
+            from lowrank_sp import _fused
+
+            return _fused.normal(self.array, x)
+        return super().normal(x)
+
     def norm(self) -> float:
         return frobenius(self.array)
 
     def to_dense(self) -> Array:
         return self.array
+
+    @property
+    def mH(self) -> LinearOperator:
+        return super().mH if is_complex(self.dtype) else Dense(self.array.mT)
+
+
+def _has_fused_product(a: Array) -> bool:
+    """Whether the compiled product pays: a large NumPy array, and numba at hand."""
+    if not isinstance(a, np.ndarray) or a.size < _FUSED_SIZE or find_spec("numba") is None:
+        return False
+    from lowrank_sp import _fused
+
+    return _fused.fits(a)
 
 
 class Rows(LinearOperator):
@@ -100,6 +125,7 @@ class Rows(LinearOperator):
 
     # A read costs more than the arithmetic of a few dozen columns.
     block_columns = 32
+    one_read = True
 
     def __init__(
         self,
@@ -198,6 +224,7 @@ class Dask(LinearOperator):
     """
 
     block_columns = 32
+    one_read = True
 
     def __init__(self, a: Any):
         if a.ndim != 2:
