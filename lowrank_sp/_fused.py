@@ -10,18 +10,24 @@ code: a compiler left alone reaches half of its speed. docs/benchmarks.md has th
 
 from __future__ import annotations
 
+from threading import Lock
+from typing import Any
+
 import numba as nb
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from threadpoolctl import ThreadpoolController
 
 ROWS, COLS = 3, 4  # register tile: 12 accumulators + 3 rows + 1 column = 16 ymm
 VEC = 32  # bytes in a vector
 LINE = 64  # bytes a row advances per loop step (one cache line, two vectors)
 GROUP_BYTES = 300_000  # rows of W kept in L2 between the two passes
 MAX_BLOCK = 16  # wider blocks go to BLAS
+# The product uses all threads, so calls take turns; some threading layers demand it.
+_LOCK = Lock()
 FORWARD, ADJOINT = 0, 1  # which product a tile does
 NONE, L2, L1 = 0, 2, 3  # where a tile prefetches `ahead` to
 
@@ -247,5 +253,34 @@ def normal(w: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     packed = np.zeros(shape, w.dtype)
     sums = np.empty((nb.get_num_threads(), *shape), w.dtype)
     y, z = np.empty((m, b), w.dtype), np.empty((n, b), w.dtype)
-    _fused(w.ctypes.data, w.strides[0], whole * w.itemsize, edge, p, packed, y, sums, z)
+    with _LOCK:
+        _fused(w.ctypes.data, w.strides[0], whole * w.itemsize, edge, p, packed, y, sums, z)
     return y, z
+
+
+class _BlasOnOneThread:
+    """Context in which BLAS has one thread; may be entered from several threads at a time.
+
+    After a call the idle threads of a BLAS library spin for a while, on the very cores that the
+    compiled product is about to use.
+    """
+
+    def __init__(self) -> None:
+        self._entered = 0
+        self._controller = ThreadpoolController()
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with _LOCK:
+            self._entered += 1
+            if self._entered == 1:
+                self._limit = self._controller.limit(limits=1, user_api="blas")
+
+    def __exit__(self, *error: object) -> None:
+        with _LOCK:
+            self._entered -= 1
+            if self._entered == 0:
+                self._limit.restore_original_limits()
+
+
+blas_on_one_thread = _BlasOnOneThread()

@@ -244,7 +244,8 @@ def _check_table(outcome: checkpoint.Verification) -> Table:
     for layer in outcome.layers:
         mark = "ok" if layer.passed else "FAILED"
         table.add_row(layer.name, f"{layer.error:.1e}", f"{layer.allowed:.1e}", mark)
-    table.caption, table.caption_justify = _verdict(outcome), "left"
+    table.add_row()
+    table.add_row(_verdict(outcome))
     return table
 
 

@@ -211,9 +211,8 @@ class SVD(Factored):
     s : array, shape (..., k)
     vh : array, shape (..., k, n)
     bounds : array, shape (..., k), or None
-        Certified error of each singular value: the matrix that was factorized has ``k`` distinct
-        singular values, counted with multiplicity, the ``i``-th of them within ``bounds[i]`` of
-        ``s[i]``.
+        Certified error of each singular value: the matrix that was factorized has a singular value
+        within ``bounds[i]`` of ``s[i]``, and different ones where these intervals do not overlap.
     error : float or None
         Frobenius norm of the matrix that was factorized minus this one, where it is known or
         estimated.

@@ -117,6 +117,9 @@ def expand(a: LinearOperator, basis: Basis) -> Basis:
     """Multiply the fresh block and make the next one: one read of ``A``."""
     y, z = a.normal(basis.fresh)
     basis = _append(basis, y)
+    # p^H z = y^H y_fresh is in the Gram matrix already.
+    cross = from_host(basis.gram[:, -y.shape[1] :], y)
+    z = z - basis.p @ cross
     floor = 10 * eps(a.dtype) * float(np.max(np.abs(np.diag(basis.gram)), initial=0.0))
     fresh, r = _orthonormalize_against(basis.p, z, floor)
     width = min(fresh.shape[1], min(a.shape) - basis.columns)
@@ -125,8 +128,9 @@ def expand(a: LinearOperator, basis: Basis) -> Basis:
 
 def _append(basis: Basis, y: Array) -> Basis:
     xp = namespace(y)
-    p = xp.concat([basis.p, basis.fresh], axis=1)
-    y = xp.concat([basis.y, y], axis=1)
+    # Blocks of columns are kept as rows in memory, which makes appending a plain copy.
+    p = xp.concat([basis.p.mT, basis.fresh.mT], axis=0).mT
+    y = xp.concat([basis.y.mT, y.mT], axis=0).mT
     d = basis.columns
     cross = to_host(adjoint(y) @ y[:, d:])
     gram = np.zeros((p.shape[1],) * 2, dtype=np.result_type(cross, np.float64))
@@ -137,12 +141,12 @@ def _append(basis: Basis, y: Array) -> Basis:
 
 
 def _orthonormalize_against(p: Array, z: Array, floor: float) -> tuple[Array, Array]:
-    """``q`` and ``r`` with ``z - p p^H z = q r``, ``q`` orthonormal and orthogonal to ``p``.
+    """``q`` and ``r`` with ``z = q r``, where ``p^H z = 0`` up to rounding, and ``p^H q = 0``.
 
-    Two rounds of projection and orthonormalization. What the second projection halves came from
-    rounding in the first: it is dropped, like directions no longer than ``floor``.
+    The second round of projection and orthonormalization restores what small ``z`` lost. What it
+    halves was rounding to begin with: it is dropped, like directions no longer than ``floor``.
     """
-    q, first = orthonormalize(_project_out(p, z), floor=floor)
+    q, first = orthonormalize(z, floor=floor)
     q, second = orthonormalize(_project_out(p, q), floor=0.5)
     return q, second @ first
 
@@ -157,7 +161,9 @@ def inject(a: LinearOperator, basis: Basis, width: int, rng: np.random.Generator
     width = min(width, a.shape[1] - basis.columns - basis.fresh.shape[1])
     known = xp.concat([basis.p, basis.fresh], axis=1)
     z = a.sketch(width, rng)
-    random, _ = _orthonormalize_against(known, z, 10 * eps(a.dtype) * basis.size)
+    random, _ = _orthonormalize_against(
+        known, _project_out(known, z), 10 * eps(a.dtype) * basis.size
+    )
     return replace(
         basis,
         fresh=xp.concat([basis.fresh, random], axis=1),
@@ -278,7 +284,8 @@ class _Search:
             if rounding[-1] > target / 2:
                 break
             if residual + rounding[-1] <= target and (
-                _copies(theta[:k], 2 * residual) < basis.sketched or residual < 1e-2 * target
+                _copies(theta[:k], 2 * (residual + rounding[-1])) < basis.sketched
+                or residual < 1e-2 * target
             ):
                 break
         return basis
@@ -307,6 +314,7 @@ class _Search:
             u, s, v, _ = triplets(basis, k)
             z = self.a.rmatmul(u) - v * from_host(s, v)
             residual = to_host(xp.linalg.vector_norm(z, axis=0)).astype(np.float64)
+            z = _project_out(basis.p, z)
             fresh, _ = _orthonormalize_against(basis.p, z, 2 * self.unit)
             basis = replace(basis, fresh=fresh, reads=basis.reads + 1)
             converged = bool(np.all(residual <= self.target(s)))
@@ -433,7 +441,9 @@ def _next_check(checks: list[tuple[int, float, float]]) -> float:
     if not 0 < now < before:
         return reads + 1
     rate = math.log(before / now) / (reads - reads0)
-    return reads + max(1, int(0.7 * math.log(now / target) / rate))
+    ahead = 0.7 * math.log(now / target) / rate
+    # The rate grows, so an early one must not be trusted for long.
+    return reads + max(1, min(int(ahead), reads // 4))
 
 
 def _copies(s: np.ndarray, spread: float) -> int:
@@ -444,5 +454,5 @@ def _copies(s: np.ndarray, spread: float) -> int:
 def _complete(q: Array, k: int, rng: np.random.Generator) -> Array:
     """Orthonormal columns appended to ``q`` up to ``k`` of them."""
     extra = standard_normal((q.shape[0], k - q.shape[1]), like=q, rng=rng)
-    extra, _ = _orthonormalize_against(q, extra, 0.0)
+    extra, _ = _orthonormalize_against(q, _project_out(q, extra), 0.0)
     return namespace(q).concat([q, extra], axis=1)

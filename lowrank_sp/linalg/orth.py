@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowrank_sp._arrays import Array, eps, from_host, inner, namespace, to_host
+from lowrank_sp._arrays import Array, eps, from_host, inner, to_host
 
 # Well-conditioned blocks need two passes, shifted ones three or four.
 _MOST_PASSES = 6
@@ -69,7 +69,8 @@ def _gram(x: Array) -> np.ndarray:
 
 
 def _times(x: Array, small: np.ndarray) -> Array:
-    return namespace(x).matmul(x, from_host(small, x))
+    # As rows times rows, so that the columns of the result are contiguous.
+    return (from_host(small, x).mT @ x.mT).mT
 
 
 def _cholesky(gram: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray, bool]:

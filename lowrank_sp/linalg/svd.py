@@ -26,12 +26,11 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.factors import SVD, check_rank
 from lowrank_sp.linalg import krylov
-from lowrank_sp.operators import Dense, LinearOperator, as_operator
+from lowrank_sp.operators import LinearOperator, as_operator
 
 # Below this shorter side LAPACK answers before a sketch pays.
 _SMALL = 96
 # Seconds per unit of work, measured on two cores (docs/which-svd.md); only ratios matter.
-_GESDD = 5e-10  # s^2 l
 _EIGH = 1e-10  # s^3
 _GRAM = 2e-11  # s^2 l
 _KRYLOV = 7e-11  # l s per column
@@ -150,7 +149,8 @@ def randomized_svd(
         raise ValueError(f"oversampling must be at least 0, got {oversampling}")
     oriented, flipped = _oriented(operator)
     width = min(m, n, rank + oversampling)
-    f = krylov.fixed_reads(oriented, rank, width=width, reads=reads, rng=rng)
+    with oriented.session():
+        f = krylov.fixed_reads(oriented, rank, width=width, reads=reads, rng=rng)
     return f.mH if flipped else f
 
 
@@ -271,16 +271,17 @@ def _truncated(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG)
     budget = (_EIGH * short**3 + _GRAM * short**2 * long) / (_KRYLOV * m * n) if dense else math.inf
     if 4 * (rank or 1) + 48 <= budget:
         oriented, flipped = _oriented(a)
-        width = min(a.block_columns, short)
-        found = krylov.block_krylov(
-            oriented,
-            wanted,
-            tol=accuracy,
-            rng=np.random.default_rng(rng),
-            width=width,
-            max_columns=max(512, 8 * (rank or 1)),
-            max_reads=budget / width + 2,
-        )
+        width = min(max(oriented.block_columns, min((rank or 1) // 4, 16)), short)
+        with oriented.session():
+            found = krylov.block_krylov(
+                oriented,
+                wanted,
+                tol=accuracy,
+                rng=np.random.default_rng(rng),
+                width=width,
+                max_columns=max(512, 8 * (rank or 1)),
+                max_reads=budget / width + 2,
+            )
         if found.converged or not dense:
             return _with_error(found.svd.mH if flipped else found.svd, norm)
     tall = a.mH if n > m else a
@@ -316,9 +317,8 @@ def _with_error(f: SVD, norm: float) -> SVD:
 
 
 def _fits(a: LinearOperator) -> bool:
-    """Whether ``a`` is an array, or small enough to become one."""
-    inner_operator = getattr(a, "operator", a)
-    return isinstance(inner_operator, Dense) or a.shape[0] * a.shape[1] <= 2**20
+    """Whether ``a`` is an array in memory, or small enough to become one."""
+    return a.in_memory or a.shape[0] * a.shape[1] <= 2**20
 
 
 def _finite(dense: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Number
 from typing import Any
 
@@ -31,11 +32,12 @@ class LinearOperator(ABC):
     Operators combine by ``+``, ``-``, ``@`` and multiplication by a number.
     """
 
-    #: Width of a block from which a further column costs its full flops; algorithms that choose
-    #: how many columns to multiply at once start from it.
+    #: Least width at which a block of columns is multiplied efficiently.
     block_columns: int = 8
     #: Whether :meth:`normal` reads the data once.
     one_read: bool = False
+    #: Whether the matrix is an array in memory.
+    in_memory: bool = False
 
     # NumPy hands ``array @ operator`` and ``scalar * operator`` over to this class.
     __array_ufunc__ = None
@@ -79,6 +81,10 @@ class LinearOperator(ABC):
     def sketch(self, width: int, rng: RNG = None) -> Array:
         """``A^H @ omega`` with ``width`` Gaussian columns of unit variance."""
         return self.rmatmul(standard_normal((self.shape[0], width), like=self.like, rng=rng))
+
+    def session(self) -> AbstractContextManager[Any]:
+        """Context to enter around a series of products."""
+        return nullcontext()
 
     def norm(self) -> float:
         """Frobenius norm. By default from products with blocks of the identity."""
@@ -150,7 +156,7 @@ class Adjoint(LinearOperator):
     def __init__(self, operator: LinearOperator):
         super().__init__((operator.shape[1], operator.shape[0]), operator.like)
         self.operator = operator
-        self.block_columns = operator.block_columns
+        self.block_columns, self.in_memory = operator.block_columns, operator.in_memory
 
     def matmul(self, x: Array) -> Array:
         return self.operator.rmatmul(x)

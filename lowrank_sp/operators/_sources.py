@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -69,11 +70,15 @@ def as_operator(a: Any) -> LinearOperator:
 class Dense(LinearOperator):
     """A matrix in memory, in its compute dtype."""
 
+    in_memory = True
+
     def __init__(self, a: Array):
         xp = namespace(a)
         super().__init__(a.shape, xp.empty((0, 0), dtype=a.dtype, device=device(a)))
         self.array = a
         self.one_read = _has_fused_product(a)
+        if self.one_read:
+            self.block_columns = 4
 
     def matmul(self, x: Array) -> Array:
         return self.array @ x
@@ -88,6 +93,13 @@ class Dense(LinearOperator):
 
             return _fused.normal(self.array, x)
         return super().normal(x)
+
+    def session(self) -> AbstractContextManager[Any]:
+        if not self.one_read:
+            return super().session()
+        from lowrank_sp import _fused
+
+        return _fused.blas_on_one_thread
 
     def norm(self) -> float:
         return frobenius(self.array)
@@ -144,7 +156,9 @@ class Rows(LinearOperator):
         """Rows of an array, converted to the compute dtype block by block."""
         xp = namespace(a)
         like = xp.empty((0, 0), dtype=compute_dtype(xp, a.dtype), device=device(a))
-        return cls(tuple(a.shape), lambda start, stop: a[start:stop, :], like=like)
+        rows = cls(tuple(a.shape), lambda start, stop: a[start:stop, :], like=like)
+        rows.in_memory = not isinstance(a, np.memmap)
+        return rows
 
     def row_blocks(self) -> Iterator[tuple[int, Array]]:
         """Pairs ``(start, rows)`` in the compute dtype, in order."""
