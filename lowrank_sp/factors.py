@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -283,9 +284,12 @@ class SVD(Factored):
             k = min(k, rank_for_tol(self.s, tol, known))
         error = None
         if self.error is not None:
-            tail = namespace(self.s).linalg.vector_norm(self.s[..., k:], axis=-1)
-            error = (tail**2 + self.error**2) ** 0.5
-            error = float(error) if self.s.ndim == 1 else error
+            rest = self.s[..., k:]
+            if self.s.ndim == 1:
+                error = math.hypot(frobenius(rest), self.error)
+            else:
+                tail = namespace(rest).linalg.vector_norm(rest, axis=-1)
+                error = (tail**2 + self.error**2) ** 0.5
         bounds = None if self.bounds is None else self.bounds[..., :k]
         return SVD(self.u[..., :k], self.s[..., :k], self.vh[..., :k, :], bounds, error)
 

@@ -102,7 +102,7 @@ def start(
     basis = Basis(
         p=xp.zeros((n, 0), **empty),
         y=xp.zeros((m, 0), **empty),
-        gram=np.zeros((0, 0)),
+        gram=np.zeros((0, 0), dtype=np.result_type(to_host(r), np.float64)),
         fresh=fresh,
         coupling=np.zeros((0, 0)),
         sketch=to_host(r),
@@ -389,11 +389,15 @@ def block_krylov(
         found = search.extract(basis)
         if not found.converged and basis.reads < max_reads:
             basis, found = search.polish(basis, search.wanted(found.s) or basis.columns)
-        k = search.wanted(found.s) or len(found.s)
+        told = search.wanted(found.s)
+        k = told or len(found.s)
         spread = 2 * float(np.max(found.bounds, initial=0.0))
         hidden = _copies(found.s, spread) >= basis.sketched
-        enough = k <= len(found.s) and not hidden
-        if enough or basis.columns >= min(m, n) or basis.reads >= max_reads:
+        enough = told is not None and k <= len(found.s) and not hidden
+        if enough or basis.columns >= min(m, n):
+            break
+        if basis.reads >= max_reads:
+            found = found._replace(converged=False)
             break
         known = basis.columns + basis.fresh.shape[1]
         basis = inject(scaled, basis, width, rng)

@@ -45,22 +45,40 @@ def orthonormalize(x: Array, *, floor: float = 0.0) -> tuple[Array, Array]:
     m, k = x.shape
     if k > m:
         raise ValueError(f"a block must have no more columns than rows, got shape {m} x {k}")
-    gram = _gram(x)
-    r = np.eye(k, dtype=gram.dtype)
     rounding = (8 + m**0.5 / 8) * eps(x.dtype)
+    gram = _gram(x)
+    defect = _defect(gram)
+    if defect < rounding and floor <= 0.5:
+        return x, from_host(np.eye(k), x)
+    r = np.eye(k, dtype=gram.dtype)
     doubtful = floor > 0.0
     for _ in range(_MOST_PASSES):
-        if np.max(np.abs(gram - np.eye(len(gram))), initial=0.0) < rounding:
-            break
-        step, inverse, shifted = _cholesky(gram, m)
+        if defect < 0.01:
+            # The symmetric step (I + E)^(-1/2) = I - E/2 + ... for a Gram matrix I + E.
+            inverse = 1.5 * np.eye(len(gram)) - 0.5 * gram
+            step, shifted = np.linalg.inv(inverse), False
+        else:
+            step, inverse, shifted = _cholesky(gram, m)
         doubtful = doubtful or shifted
         x, r = _times(x, inverse), step @ r
+        if defect * defect < rounding:
+            break
         gram = _gram(x)
+        defect = _defect(gram)
+        if defect < rounding:
+            break
     if doubtful:
         left, sizes, right = np.linalg.svd(r, full_matrices=False)
         keep = sizes > max(floor, 10 * eps(x.dtype) * float(np.max(sizes, initial=0.0)))
-        x, r = _times(x, left[:, keep]), sizes[keep, None] * right[keep]
+        if not keep.all():
+            # The others had no chance to converge beside directions of rounding size.
+            x, step = orthonormalize(_times(x, left[:, keep]))
+            r = to_host(step) @ (sizes[keep, None] * right[keep])
     return x, from_host(r, x)
+
+
+def _defect(gram: np.ndarray) -> float:
+    return float(np.max(np.abs(gram - np.eye(len(gram))), initial=0.0))
 
 
 def _gram(x: Array) -> np.ndarray:
@@ -80,14 +98,22 @@ def _cholesky(gram: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray, bool]:
     lengths = lengths[alive]
     k = len(alive)
     unit = gram[np.ix_(alive, alive)] / np.outer(lengths, lengths)
-    values = np.linalg.eigvalsh(unit)
-    shift = 11 * (m * k + k * (k + 1)) * eps(np.float64) * float(np.max(values, initial=0.0))
-    shifted = k < len(gram) or float(np.min(values, initial=1.0)) < 2 * shift
+    # The norm of a Gram matrix of unit columns is at most k.
+    shift = 11 * (m * k + k * (k + 1)) * eps(np.float64) * k
+    upper = _factor(unit)
+    shifted = float(np.min(np.abs(np.diag(upper)), initial=1.0)) ** 2 < 2 * shift
     if shifted:
-        unit = unit + shift * np.eye(k)
-    upper = np.linalg.cholesky(unit).conj().T
+        upper = _factor(unit + shift * np.eye(k))
     r = np.zeros((k, len(gram)), dtype=gram.dtype)
     r[:, alive] = upper * lengths
     inverse = np.zeros((len(gram), k), dtype=gram.dtype)
     inverse[alive] = np.linalg.inv(upper) / lengths[:, None]
-    return r, inverse, shifted
+    return r, inverse, shifted or k < len(gram)
+
+
+def _factor(unit: np.ndarray) -> np.ndarray:
+    """Upper Cholesky factor; zero where the matrix is numerically singular."""
+    try:
+        return np.linalg.cholesky(unit).conj().T
+    except np.linalg.LinAlgError:
+        return np.zeros_like(unit)

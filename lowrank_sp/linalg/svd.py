@@ -26,6 +26,7 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.factors import SVD, check_rank
 from lowrank_sp.linalg import krylov
+from lowrank_sp.linalg.orth import orthonormalize
 from lowrank_sp.operators import LinearOperator, as_operator
 
 # Below this shorter side LAPACK answers before a sketch pays.
@@ -181,7 +182,7 @@ def minor_svd(a: Any, rank: int) -> SVD:
     if n > m:
         return minor_svd(operator.mH, rank).mH
     if eps(operator.dtype) > eps(np.float64) and n > _SMALL:
-        f = _gram_svd(operator, _exactly(rank), slice(0, rank), None)
+        f = _gram_svd(operator, _exactly(rank), slice(0, rank), 0.0)
         if f is not None:
             return f
     f = _lapack(operator.to_dense())
@@ -209,7 +210,7 @@ def singular_values(a: Any) -> Array:
     xp = namespace(dense)
     if eps(dense.dtype) > eps(np.float64):
         gram = inner(dense, dense)
-        if eps(gram.dtype) == eps(np.float64) and _in_range(gram):
+        if eps(gram.dtype) == eps(np.float64):
             values = xp.flip(xp.linalg.eigvalsh(gram))
             values = xp.where(values > 0, values, xp.zeros_like(values))
             return xp.astype(values**0.5, real_dtype(xp, dense.dtype))
@@ -221,7 +222,7 @@ def _batched(a: Array, rank: int | None, tol: float | None, rng: RNG) -> SVD:
     xp = namespace(a)
     if rank is None and tol is not None:
         raise ValueError("a batch needs one rank, got only tol; loop over the matrices instead")
-    if min(a.shape[-2:]) <= _SMALL or rank is None:
+    if min(a.shape[-2:]) <= _SMALL or rank is None or 0 in a.shape:
         f = _lapack(as_compute(a))
         return f if rank is None else f.truncate(rank)
     flat = xp.reshape(a, (-1, *a.shape[-2:]))
@@ -327,12 +328,6 @@ def _finite(dense: Array) -> Array:
     return dense
 
 
-def _in_range(gram: Array) -> bool:
-    """Whether squares neither overflowed nor vanished."""
-    largest = max_abs(gram)
-    return largest == 0.0 or 1e-200 < largest < 1e200
-
-
 def _lapack(dense: Array) -> SVD:
     """All triplets of a matrix or a stack of them, by the library's own SVD."""
     xp = namespace(dense)
@@ -346,28 +341,33 @@ def _gram_svd(
     a: LinearOperator,
     wanted: Wanted,
     index: slice | None,
-    tol: float | None,
+    tol: float,
 ) -> SVD | None:
-    """Triplets from the eigenvectors of ``A^H A`` in float64, or None where they miss ``tol``.
+    """Triplets from the eigenvectors of ``A^H A``, or None where their bounds miss ``tol``.
 
-    ``index`` selects eigenvectors by position, in ascending order, where that is known beforehand.
+    In float64 throughout, for ``A v`` of a small singular value is small. ``index`` selects
+    eigenvectors by position, in ascending order, where that is known beforehand.
     """
     dense = _finite(a.to_dense())
     xp = namespace(dense)
-    gram = inner(dense, dense)
-    if not _in_range(gram):
+    if eps(dense.dtype) == eps(np.float64) and not 1e-100 < max_abs(dense) < 1e100:
         return None
+    gram = inner(dense, dense)
     norm = max(0.0, complex(xp.linalg.trace(gram)).real) ** 0.5
     rounding = 5 * eps(dense.dtype) * norm
-    v = xp.astype(_eigenvectors(gram, wanted, index), dense.dtype)
-    q, r = xp.linalg.qr(dense @ v)
+    # LAPACK leaves eigenvectors of clustered values orthogonal to some hundred eps only.
+    v, _ = orthonormalize(_eigenvectors(gram, wanted, index))
+    q, r = xp.linalg.qr(inner(adjoint(dense), v))
     left, s, right = xp.linalg.svd(r, full_matrices=False)
     u, vh = q @ left, right @ adjoint(v)
-    residual = adjoint(dense) @ u - adjoint(vh) * xp.astype(s, dense.dtype)
+    residual = inner(dense, u) - adjoint(vh) * xp.astype(s, u.dtype)
     bounds = xp.linalg.vector_norm(residual, axis=0) + rounding
-    if tol is not None and float(xp.max(bounds)) > max(tol * float(s[-1]), 2 * rounding):
+    if float(xp.max(bounds)) > max(tol * float(s[-1]), 2 * rounding):
         return None
-    return _with_error(SVD.canonical(u, s, vh, bounds), norm)
+    real = real_dtype(xp, dense.dtype)
+    u, vh = xp.astype(u, dense.dtype), xp.astype(vh, dense.dtype)
+    f = SVD.canonical(u, xp.astype(s, real), vh, xp.astype(bounds, real))
+    return _with_error(f, norm)
 
 
 def _eigenvectors(gram: Array, wanted: Wanted, index: slice | None) -> Array:
