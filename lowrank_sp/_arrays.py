@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import array_api_compat as compat
@@ -64,7 +63,6 @@ def device(a: Array) -> Any:
     return compat.device(a)
 
 
-@lru_cache
 def dtype_name(dtype: Any) -> str:
     """Name of a dtype of any library, such as ``"float32"`` or ``"bfloat16"``."""
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
@@ -74,6 +72,11 @@ def dtype_name(dtype: Any) -> str:
 def eps(dtype: Any) -> float:
     """Spacing of a floating dtype at one."""
     return _EPS[dtype_name(dtype)]
+
+
+def is_inexact(dtype: Any) -> bool:
+    """Whether a dtype is floating or complex."""
+    return dtype_name(dtype) in _EPS
 
 
 def is_complex(dtype: Any) -> bool:

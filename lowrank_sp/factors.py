@@ -67,9 +67,7 @@ class Factored(LinearOperator):
         xp = namespace(self.like)
         left, right = self.factors()
         core = xp.linalg.qr(left)[1] @ adjoint(xp.linalg.qr(adjoint(right))[1])
-        if core.ndim == 2:
-            return frobenius(core)
-        return xp.linalg.vector_norm(core, axis=(-2, -1))
+        return frobenius(core) if core.ndim == 2 else _norm(core)[..., 0]
 
     def inner(self, other: Factored) -> Array:
         """Inner product ``trace(self^H other)``, in ``O((m + n) r r')``."""
@@ -102,9 +100,8 @@ class Factored(LinearOperator):
         left, right = self.factors()
         u, s, vh = thin_svd(left, right)
         # Backward error of the two QRs and the core, relative to the factors, not the product.
-        norms = [xp.linalg.vector_norm(f, axis=(-2, -1), keepdims=True) for f in (left, right)]
-        rounding = self.rank * eps(u.dtype) * (norms[0] * norms[1])[..., 0]
-        f = SVD(u, s, vh, xp.ones_like(s) * xp.astype(rounding, s.dtype))
+        rounding = self.rank * eps(u.dtype) * _norm(left) * _norm(right)
+        f = SVD(u, s, vh, xp.zeros_like(s) + rounding)
         return f if rank is None and tol is None else f.truncate(rank, tol=tol)
 
     def __getitem__(self, index: Any) -> LowRank:
@@ -329,6 +326,13 @@ def rank_for_tol(s: Array, tol: float, error: float = 0.0) -> int:
     # Summed from the small end, so that small tails keep their digits.
     tails = xp.flip(xp.cumulative_sum(xp.flip(s / scale) ** 2)) + (error / scale) ** 2
     return max(1, int(xp.sum(xp.astype(tails > tol**2 * float(tails[0]), xp.int32))))
+
+
+def _norm(a: Array) -> Any:
+    """Frobenius norm: a float, or an array of shape ``(..., 1)`` for a batch."""
+    if a.ndim == 2:
+        return frobenius(a)
+    return namespace(a).linalg.vector_norm(a, axis=(-2, -1), keepdims=True)[..., 0]
 
 
 def _as(s: Array, u: Array) -> Array:

@@ -8,6 +8,7 @@ they were cast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from lowrank_sp._arrays import (
     compute_dtype,
     device,
     from_host,
+    max_abs,
     namespace,
     slices,
 )
@@ -189,6 +191,8 @@ def olora(
     size = xp.where(size > 0, xp.astype(size, r.dtype), one)
     up = q * xp.where(abs(diagonal) > 0, diagonal / size, one)
     down = adjoint(up) @ wide
+    if not math.isfinite(max_abs(down)):
+        raise ValueError("the weight must be finite, got NaN or infinite entries")
     return _compensated(weight, xp.astype(up, dtype), xp.astype(down, dtype), scale, None)
 
 

@@ -423,7 +423,9 @@ def fixed_reads(a: LinearOperator, rank: int, *, width: int, reads: int, rng: RN
 
 def _finish(found: Found, k: int, factor: float, noise: float, rng: np.random.Generator) -> SVD:
     """The first ``k`` triplets in the units of ``A``, zeros where there are not so many."""
-    u, s, v, bounds = found.u[:, :k], found.s[:k], found.v[:, :k], found.bounds[:k]
+    known = min(k, len(found.s))
+    u, v = found.u[:, :known], found.v[:, :known]
+    s, bounds = found.s[:known], found.bounds[:known]
     if k > len(s):
         missing = np.zeros(k - len(s))
         s, bounds = np.concatenate([s, missing]), np.concatenate([bounds, missing + noise])

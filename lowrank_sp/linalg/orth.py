@@ -49,7 +49,7 @@ def orthonormalize(x: Array, *, floor: float = 0.0) -> tuple[Array, Array]:
     gram = _gram(x)
     defect = _defect(gram)
     if defect < rounding and floor <= 0.5:
-        return x, from_host(np.eye(k), x)
+        return x, from_host(np.eye(k), x, x.dtype)
     r = np.eye(k, dtype=gram.dtype)
     doubtful = floor > 0.0
     for _ in range(_MOST_PASSES):

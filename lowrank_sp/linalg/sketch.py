@@ -141,7 +141,8 @@ class StreamingSVD:
         if f.rank > self.rank:
             f = f.truncate(self.rank)
         probes = from_host(self._test, test, test.dtype)
-        error = frobenius(test - probes @ f) / len(self._test) ** 0.5
+        left, right = f.factors()
+        error = frobenius(test - (probes @ left) @ right) / len(self._test) ** 0.5
         return SVD(f.u, f.s, f.vh, None, error)
 
     def error_estimate(self) -> float:
@@ -162,10 +163,16 @@ class StreamingSVD:
 
 
 class _SparseSigns:
-    """A ``height x width`` sketch with a few entries ``+-1/sqrt(4)`` in every column."""
+    """A ``height x width`` sketch with a few entries ``+-1/sqrt(4)`` in every column.
+
+    One that is no smaller than what it sketches is the identity.
+    """
 
     def __init__(self, height: int, width: int, rng: np.random.Generator):
         self.height = height
+        if height >= width:
+            self._rows, self._values = np.arange(width)[None], np.ones((1, width))
+            return
         stacks = np.array_split(np.arange(height), min(_SIGNS, height))
         self._rows = np.stack([rng.choice(stack, width) for stack in stacks])
         self._values = rng.choice((-1.0, 1.0), (len(stacks), width)) / len(stacks) ** 0.5
@@ -285,7 +292,7 @@ def nystrom(a: Any, rank: int, *, oversampling: int = 8, rng: RNG = None) -> SVD
     error = float(np.sqrt(np.mean(left_out**2) * (n - width + 1))) if width < n else 0.0
     tail = float(xp.linalg.vector_norm(s[rank:])) if width > rank else 0.0
     f = SVD.canonical(u, s[:rank], adjoint(u))
-    return SVD(f.u, f.s, f.vh, None, error + tail)
+    return SVD(f.u, f.s, f.vh, None, math.hypot(error, tail))
 
 
 def _wide(x: Array) -> np.ndarray:

@@ -19,6 +19,7 @@ from lowrank_sp._arrays import (
     host_view,
     inner,
     is_array,
+    is_inexact,
     max_abs,
     namespace,
     real_dtype,
@@ -238,7 +239,10 @@ def _batched(a: Array, rank: int | None, tol: float | None, rng: RNG) -> SVD:
 
 def _on_host(a: Any) -> np.ndarray | None:
     """An array of another library that NumPy can read in place; its BLAS is then as good."""
-    return host_view(a) if is_array(a) and not isinstance(a, np.ndarray) else None
+    if not is_array(a) or isinstance(a, np.ndarray):
+        return None
+    # Integers become the default float of their own library.
+    return host_view(a if is_inexact(a.dtype) else as_compute(a))
 
 
 def _moved(f: SVD, like: Array) -> SVD:

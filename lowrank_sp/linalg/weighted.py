@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from lowrank_sp._arrays import RNG, Array, adjoint, as_compute, eps, frobenius, max_abs, namespace
@@ -76,11 +77,12 @@ def weighted_low_rank(
     w, data = as_compute(w), as_compute(data)
     m, n = w.shape
     rank = check_rank(rank, min(m, n), (m, n))
+    kind, rule = ("inputs", f"(N, {n})") if covariance is None else ("covariance", f"({n}, {n})")
     if data.ndim != 2 or data.shape[1] != n or (covariance is not None and data.shape[0] != n):
-        kind, rule = (
-            ("inputs", f"(N, {n})") if covariance is None else ("covariance", f"({n}, {n})")
-        )
         raise ValueError(f"{kind} must have shape {rule}, got {tuple(data.shape)}")
+    for name, array in (("w", w), (kind, data)):
+        if not math.isfinite(max_abs(array)):
+            raise ValueError(f"{name} must be finite, got NaN or infinite entries")
     root = _root_of_inputs(data) if covariance is None else _root_of_covariance(data)
     image = w @ xp.astype(root, w.dtype)
     u = _leading(image, rank, rng)

@@ -166,7 +166,7 @@ class Rows(LinearOperator):
             yield start, as_compute(self._read(start, min(start + self._rows, self.shape[0])))
 
     def matmul(self, x: Array) -> Array:
-        return self._stack([block @ x for _, block in self.row_blocks()], x)
+        return self._stack([block @ x for _, block in self.row_blocks()], x.shape[1])
 
     def rmatmul(self, x: Array) -> Array:
         z = namespace(x).zeros((self.shape[1], x.shape[1]), dtype=self.dtype, device=self.device)
@@ -180,20 +180,18 @@ class Rows(LinearOperator):
         for _, block in self.row_blocks():
             parts.append(block @ x)
             z = z + adjoint(adjoint(parts[-1]) @ block)
-        return self._stack(parts, x), z
+        return self._stack(parts, x.shape[1]), z
 
-    def _stack(self, parts: list[Array], x: Array) -> Array:
-        xp = namespace(x)
-        if not parts:
-            return xp.zeros((0, x.shape[1]), dtype=self.dtype, device=self.device)
-        return xp.concat(parts, axis=0)
+    def _stack(self, parts: list[Array], width: int) -> Array:
+        xp = namespace(self.like)
+        empty = xp.zeros((0, width), dtype=self.dtype, device=self.device)
+        return xp.concat([empty, *parts], axis=0)
 
     def norm(self) -> float:
         return sum(frobenius(block) ** 2 for _, block in self.row_blocks()) ** 0.5
 
     def to_dense(self) -> Array:
-        xp = namespace(self.like)
-        return xp.concat([block for _, block in self.row_blocks()], axis=0)
+        return self._stack([block for _, block in self.row_blocks()], self.shape[1])
 
 
 class Sparse(LinearOperator):

@@ -1,11 +1,12 @@
 """Rank-16 truncated SVD of one matrix: time and per-vector error of every method."""
 
-import lowrank_sp as lr
 import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import svds
 from sklearn.utils.extmath import randomized_svd
+
+import lowrank_sp as lr
 
 from .conftest import MATRICES
 

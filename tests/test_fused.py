@@ -1,0 +1,89 @@
+"""The compiled product against plain matrix products."""
+
+import numpy as np
+import pytest
+from cases import gaussian
+from test_svd import check
+
+import lowrank_sp as lr
+from lowrank_sp import _fused
+from lowrank_sp.testing import assert_adjoint, assert_same_product
+
+LAYOUTS = {
+    "contiguous": lambda a: a,
+    "rows of a wider array": lambda a: np.concatenate([a, a], axis=1)[:, : a.shape[1]],
+    "shifted by one entry": lambda a: np.concatenate([a[:, :1], a], axis=1)[:, 1:],
+    "rows backwards": lambda a: a[::-1].copy()[::-1],
+    "every second row": lambda a: np.repeat(a, 2, axis=0)[::2],
+    "one row repeated": lambda a: np.broadcast_to(a[0], a.shape),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("columns", [1, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("shape", [(3, 16), (4, 17), (100, 70), (257, 1003), (1000, 31)])
+def test_product(shape, columns, dtype):
+    w, p = gaussian(*shape, dtype=dtype), gaussian(shape[1], columns, seed=1, dtype=dtype)
+    check_product(w, p)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, order):
+    w = LAYOUTS[layout](gaussian(101, 133))
+    check_product(w, np.asarray(gaussian(133, 6, seed=1), order=order))
+
+
+def check_product(w, p):
+    assert _fused.fits(w)
+    before = w.copy(), p.copy()
+    y, z = _fused.normal(w, p)
+    eps = np.finfo(w.dtype).eps
+    wide = w.astype(np.float64) @ p.astype(np.float64)
+    assert (y.dtype, z.dtype) == (w.dtype, w.dtype)
+    assert np.linalg.norm(y - wide) <= 10 * eps * np.linalg.norm(w) * np.linalg.norm(p)
+    size = np.linalg.norm(w) ** 2 * np.linalg.norm(p)
+    assert np.linalg.norm(z - w.T.astype(np.float64) @ wide) <= 10 * eps * size
+    for now, then in zip((w, p), before, strict=True):
+        assert np.array_equal(now, then)
+
+
+def test_not_every_array_fits():
+    a = gaussian(100, 100)
+    for other in (a.T, a[:, ::2], a.astype(complex), a.astype(">f8"), a[:2], a[:, :4]):
+        assert not _fused.fits(other)
+
+
+def test_not_finite_values_are_passed_on():
+    w, p = gaussian(30, 40), gaussian(40, 3)
+    w[7, 39] = np.nan
+    y, z = _fused.normal(w, p)
+    assert np.all(np.isnan(y[7]))
+    assert np.all(np.isfinite(np.delete(y, 7, axis=0)))
+    assert np.all(np.isnan(z))
+
+
+def test_same_bits_every_run():
+    w, p = gaussian(301, 203), gaussian(203, 5)
+    first, second = _fused.normal(w, p), _fused.normal(w, p)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(1500, 400), (400, 1500)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_large_arrays_take_it(dtype, shape, order, monkeypatch):
+    calls = []
+    original = _fused.normal
+    monkeypatch.setattr(_fused, "normal", lambda *a: (calls.append(1), original(*a))[1])
+    a = gaussian(*shape) / np.arange(1, shape[1] + 1)
+    a = np.asarray(a.astype(dtype), order=order)
+    assert_adjoint(a)
+    check(a, lr.truncated_svd(a, 6, rng=0), 6)
+    assert calls
+    blocks = lr.as_operator(a), lr.as_operator(a).mH
+    for operator, dense in zip(blocks, (a, a.T), strict=True):
+        x = gaussian(dense.shape[1], 5, dtype=dtype)
+        y, z = operator.normal(x)
+        assert_same_product(dense @ x, y)
+        assert_same_product(dense.T @ (dense @ x), z)
