@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import array_api_compat as compat
@@ -16,7 +17,6 @@ import numpy as np
 Array = Any
 RNG = int | np.random.Generator | None
 
-_NUMPY = compat.array_namespace(np.empty(0))
 _EPS = {
     "float64": 2.0**-52,
     "complex128": 2.0**-52,
@@ -37,7 +37,7 @@ def is_array(x: Any) -> bool:
 def namespace(*arrays: Array) -> Any:
     """Array-API namespace shared by ``arrays``, all of one library and one device."""
     if all(type(a) is np.ndarray for a in arrays):
-        return _NUMPY
+        return _numpy()
     try:
         xp = compat.array_namespace(*arrays)
     except TypeError as error:
@@ -52,6 +52,12 @@ def namespace(*arrays: Array) -> Any:
             f"arrays must lie on one device, got {' and '.join(devices)}; move them to one first"
         )
     return xp
+
+
+@cache
+def _numpy() -> Any:
+    # Loaded on first use: the wrapper imports all of NumPy's submodules.
+    return compat.array_namespace(np.empty(0))
 
 
 def _kind(a: Any) -> str:

@@ -23,7 +23,11 @@ def dense(left, right):
     return torch.linalg.svd(delta, full_matrices=False)[1].numpy()[:64]
 
 
-@pytest.mark.parametrize(("method", "rounds"), [(ours, 20), (dense, 1)], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("method", "rounds"),
+    [(ours, 20), (dense, 1)],
+    ids=["lowrank_sp LowRank.svd", "torch dense SVD"],
+)
 def test_svd_of_a_product(factors, method, rounds, benchmark):
     s = benchmark.pedantic(method, factors, rounds=rounds, warmup_rounds=rounds > 1)
     left, right = (f.astype(np.float64) for f in factors)

@@ -9,10 +9,12 @@ from safetensors.numpy import save_file
 
 from lowrank_sp.checkpoint.demo import transformer_like
 
+# Not ru_maxrss, which a child inherits from the process that started it.
 PEAK = (
-    "import resource, sys\n"
+    "import sys\n"
     "{body}\n"
-    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
+    "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+    "print(1024 * int(peak.split()[1]), file=sys.stderr)"
 )
 
 
