@@ -239,8 +239,17 @@ def _compensated(
     xp = namespace(weight, up)
     wide = as_compute(up[:1, :]).dtype
     scaled = as_compute(down) * scale
-    parts = []
-    for rows in slices(weight.shape[0], 1024):
+
+    def part(rows: slice) -> Array:
         block = as_compute(weight[rows, :]) - xp.astype(up[rows, :], wide) @ scaled
-        parts.append(xp.astype(block, weight.dtype))
-    return Initialization(up, down, scale, xp.concat(parts, axis=0), f)
+        return xp.astype(block, weight.dtype)
+
+    every = slices(weight.shape[0], 512)
+    if isinstance(weight, np.ndarray):
+        # Filled in place: concatenation would hold the residual twice.
+        residual = np.empty(weight.shape, weight.dtype)
+        for rows in every:
+            residual[rows] = part(rows)
+    else:
+        residual = xp.concat([part(rows) for rows in every], axis=0)
+    return Initialization(up, down, scale, residual, f)

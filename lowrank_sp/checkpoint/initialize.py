@@ -198,6 +198,7 @@ def initialize(
                 base.replace(done.layer, done.stored)
             if progress is not None:
                 progress(len(rows), len(tasks), done.layer.name)
+            del done  # or its residual would stay while the next layer is computed
         final = Path(out).absolute() / "base" if base.changed else Path(model).absolute()
         (folder / "adapter").mkdir()
         write_adapter(
