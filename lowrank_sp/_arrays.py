@@ -71,8 +71,15 @@ def device(a: Array) -> Any:
 
 def dtype_name(dtype: Any) -> str:
     """Name of a dtype of any library, such as ``"float32"`` or ``"bfloat16"``."""
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    if isinstance(dtype, np.dtype):
+        return _numpy_name(dtype)
+    name = getattr(dtype, "__name__", None)
     return name or str(dtype).rpartition(".")[2]
+
+
+@cache
+def _numpy_name(dtype: np.dtype) -> str:
+    return dtype.name
 
 
 def eps(dtype: Any) -> float:

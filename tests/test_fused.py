@@ -7,6 +7,7 @@ from test_svd import check
 
 import lowrank_sp as lr
 from lowrank_sp import _fused
+from lowrank_sp.operators import _sources
 from lowrank_sp.testing import assert_adjoint, assert_same_product
 
 LAYOUTS = {
@@ -73,6 +74,7 @@ def test_same_bits_every_run():
 @pytest.mark.parametrize("shape", [(1500, 400), (400, 1500)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_large_arrays_take_it(dtype, shape, order, monkeypatch):
+    monkeypatch.setattr(_sources, "_FUSED_SIZE", shape[0] * shape[1])
     calls = []
     original = _fused.normal
     monkeypatch.setattr(_fused, "normal", lambda *a: (calls.append(1), original(*a))[1])

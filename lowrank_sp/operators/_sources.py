@@ -27,8 +27,9 @@ from lowrank_sp.operators._base import LinearOperator
 
 # Rows read at a time from data that is not multiplied in place.
 _BLOCK_BYTES = 2**25
-# Entries from which loading numba is worth while.
-_FUSED_SIZE = 2**19
+# Entries from which the compiled product pays: a matrix that fits in cache is multiplied as fast
+# by BLAS.
+_FUSED_SIZE = 2**23
 
 
 def as_operator(a: Any) -> LinearOperator:
