@@ -27,6 +27,7 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.factors import SVD, check_rank
 from lowrank_sp.linalg import krylov
+from lowrank_sp.linalg.basis import NOT_FINITE
 from lowrank_sp.linalg.orth import orthonormalize
 from lowrank_sp.operators import LinearOperator, as_operator
 
@@ -328,7 +329,7 @@ def _fits(a: LinearOperator) -> bool:
 
 def _finite(dense: Array) -> Array:
     if not math.isfinite(max_abs(dense)):
-        raise ValueError(krylov.NOT_FINITE)
+        raise ValueError(NOT_FINITE)
     return dense
 
 
