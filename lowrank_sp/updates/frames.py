@@ -1,0 +1,111 @@
+"""Orthonormal frames of tall blocks from small Gram matrices: all inverses of the rules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from lowrank_sp._arrays import (
+    Array,
+    adjoint,
+    device,
+    eps,
+    is_complex,
+    namespace,
+    slices,
+    wide_dtype,
+)
+from lowrank_sp.updates.rule import Pair
+
+# Entries widened at a time, so that the wide copy stays in cache.
+_CHUNK = 2**17
+
+
+class Frame(NamedTuple):
+    """``x = q @ root`` and ``q = x @ inverse`` with ``q^H q`` a projection; ``q`` is not formed.
+
+    For ``x`` of full rank ``root^H root`` is the Gram matrix ``x^H x``, and ``inverse inverse^H``
+    its inverse. Null directions of ``x`` are zero columns of ``q`` and of ``inverse``, so that
+    ``inverse inverse^H`` is a pseudo-inverse. ``q`` is determined up to a unitary factor on its
+    right, which cancels in whatever a rule makes of it. Both arrays are ``r x r``, in float64 where
+    the library has it.
+    """
+
+    root: Array
+    inverse: Array
+
+
+def gram(x: Array) -> Array:
+    """``x^H x`` of a tall block ``(..., m, r)``, summed in float64 where the library has it."""
+    xp = namespace(x)
+    wide = wide_dtype(xp, x.dtype)
+    if x.dtype == wide:
+        return adjoint(x) @ x
+    rows = x.shape[-2]
+    entries = max(1, math.prod(x.shape) // max(1, rows))
+    total: Any = 0.0
+    for part in slices(rows, max(64, _CHUNK // entries)):
+        block = xp.astype(x[..., part, :], wide)
+        total = total + adjoint(block) @ block
+    return total
+
+
+def frame(x: Array, *, ridge: float = 0.0) -> Frame:
+    """Frame of a tall block ``x (..., m, r)``, in ``2 m r^2`` flops and one read of ``x``.
+
+    The Gram matrix is scaled to unit diagonal before its eigenvectors are computed, so that
+    columns of very different lengths do no harm. In single precision it is summed in float64; where
+    that is not wider than ``x``, a second pass over ``x`` restores what squaring lost.
+
+    Parameters
+    ----------
+    x : array, shape (..., m, r)
+    ridge : float
+        Added to the diagonal of the Gram matrix.
+    """
+    xp = namespace(x)
+    n = gram(x)
+    if ridge:
+        n = n + ridge * xp.eye(n.shape[-1], dtype=n.dtype, device=device(n))
+    found = _split(n, x.shape[-1] * eps(x.dtype))
+    if n.dtype == x.dtype and not ridge:
+        q = x @ found.inverse
+        # q^H q = P + E with a small E: the symmetric step (P + E)^(-1/2) = P - E/2 + ...
+        again = adjoint(q) @ q
+        kept = found.root @ found.inverse
+        half = (again - kept) / 2
+        found = Frame(found.root + half @ found.root, found.inverse - found.inverse @ half)
+    return found
+
+
+def _split(n: Array, cut: float) -> Frame:
+    """Root and inverse root of a Gram matrix, without directions shorter than ``cut``."""
+    xp = namespace(n)
+    squares = xp.linalg.diagonal(n)
+    squares = xp.real(squares) if is_complex(n.dtype) else squares
+    one = xp.ones_like(squares)
+    lengths = xp.where(squares > 0, squares, one) ** 0.5
+    unit = n / (lengths[..., :, None] * lengths[..., None, :])
+    values, vectors = xp.linalg.eigh(unit)
+    least = max(cut**2, n.shape[-1] * eps(n.dtype))
+    keep = values > least
+    sizes = xp.where(keep, values, xp.ones_like(values)) ** 0.5
+    zero = xp.zeros_like(sizes)
+    inverse = vectors * xp.where(keep, 1 / sizes, zero)[..., None, :] / lengths[..., :, None]
+    root = xp.where(keep, sizes, zero)[..., :, None] * adjoint(vectors) * lengths[..., None, :]
+    return Frame(root, inverse)
+
+
+def times(x: Array, small: Array) -> Array:
+    """``x @ small`` in the dtype of ``x``."""
+    return x @ namespace(x).astype(small, x.dtype)
+
+
+def left_times(small: Array, x: Array) -> Array:
+    """``small @ x`` in the dtype of ``x``."""
+    return namespace(x).astype(small, x.dtype) @ x
+
+
+def frames(factors: Pair, *, ridge: float = 0.0) -> tuple[Frame, Frame]:
+    """Frames of ``up`` and of ``down^H``."""
+    return frame(factors.up, ridge=ridge), frame(adjoint(factors.down), ridge=ridge)

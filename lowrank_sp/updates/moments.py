@@ -1,0 +1,100 @@
+"""What a rule remembers of the gradients of one factor.
+
+A moment has ``init(x)`` for the arrays it keeps and ``turn(g, state, step)``, from the gradient at
+hand to the direction to move in. ``step`` is the number of this step, from 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from lowrank_sp._arrays import Array, namespace, real_dtype
+from lowrank_sp.updates.rule import Pair, State, counter, over
+
+
+@dataclass(frozen=True)
+class Moments(ABC):
+    """The history of one factor; :func:`turn_pair` applies it to both."""
+
+    def init(self, x: Array) -> State:  # noqa: ARG002
+        """What is kept for a factor ``x`` before the first step."""
+        return {}
+
+    @abstractmethod
+    def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:
+        """The direction for a gradient, and what is kept after it."""
+
+
+@dataclass(frozen=True)
+class Plain(Moments):
+    """No history: the direction is the gradient."""
+
+    def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:  # noqa: ARG002
+        return grad, state
+
+
+@dataclass(frozen=True)
+class Momentum(Moments):
+    """Heavy ball: ``mean <- beta mean + grad``, which is the direction.
+
+    A linear map of gradients in a fixed gauge, so it keeps the covariance of the metric before it
+    under constant changes of gauge.
+    """
+
+    beta: float = 0.9
+
+    def init(self, x: Array) -> State:
+        return {"mean": namespace(x).zeros_like(x)}
+
+    def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:  # noqa: ARG002
+        mean = self.beta * state["mean"] + grad
+        return mean, {"mean": mean}
+
+
+@dataclass(frozen=True)
+class Adam(Moments):
+    """Adam :cite:p:`kingma2015adam`: ``mean / (sqrt(square) + eps)``, entry by entry.
+
+    Both running means are corrected for their start at zero. The division by entries depends on the
+    basis, so no rule with it is invariant, not even under rotations.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def init(self, x: Array) -> State:
+        xp = namespace(x)
+        zeros = xp.zeros_like(x)
+        return {"mean": zeros, "square": xp.astype(zeros, real_dtype(xp, x.dtype))}
+
+    def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:
+        xp = namespace(grad)
+        first, second = self.betas
+        mean = first * state["mean"] + (1 - first) * grad
+        square = second * state["square"] + (1 - second) * abs(grad) ** 2
+        count = over(xp.astype(step, square.dtype))
+        size = (square / (1 - second**count)) ** 0.5 + self.eps
+        return mean / ((1 - first**count) * size), {"mean": mean, "square": square}
+
+
+def init_pair(moments: Moments, factors: Pair) -> State:
+    """The state of both factors and the step counter, in one flat dict."""
+    up, down = moments.init(factors.up), moments.init(factors.down)
+    return {"step": counter(factors), **_named("up", up), **_named("down", down)}
+
+
+def turn_pair(moments: Moments, grads: Pair, state: State) -> tuple[Pair, State]:
+    """Directions for both factors, and the state after them."""
+    step = state["step"] + 1
+    up, kept_up = moments.turn(grads.up, _of("up", state), step)
+    down, kept_down = moments.turn(grads.down, _of("down", state), step)
+    return Pair(up, down), {"step": step, **_named("up", kept_up), **_named("down", kept_down)}
+
+
+def _named(side: str, state: State) -> State:
+    return {f"{side}_{name}": x for name, x in state.items()}
+
+
+def _of(side: str, state: State) -> State:
+    return {k.removeprefix(f"{side}_"): x for k, x in state.items() if k.startswith(f"{side}_")}
