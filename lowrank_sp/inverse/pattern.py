@@ -109,11 +109,12 @@ class Pattern:
             components=self._components(np.ones(self.size, bool))[1],
         )
 
-    def core(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    def core(self, rank: int, *, connected: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Masks of the rows and columns that a matrix of rank ``rank`` is identified on.
 
         Lines of fewer than ``rank`` positions say nothing about other lines, so they are removed
-        until none is left; of what falls apart then, the part with the most positions is kept.
+        until none is left; of what falls apart then, the part with the most positions is kept,
+        unless it need not be ``connected``.
         Necessary for identifiability, and for random positions nearly sufficient
         :cite:p:`pimentel2016characterization`.
         """
@@ -126,8 +127,8 @@ class Pattern:
                 break
             rows, cols = keep_rows, keep_cols
             inside = rows[self.rows] & cols[self.cols]
-        labels, count = self._components(inside)
-        if count > 1 and inside.any():
+        labels, count = self._components(inside) if connected else (None, 1)
+        if labels is not None and count > 1:
             sizes = np.bincount(labels[self.rows[inside]], minlength=len(labels))
             largest = labels == np.argmax(sizes)
             rows, cols = rows & largest[: len(rows)], cols & largest[len(rows) :]

@@ -1,0 +1,1 @@
+"""Matrix completion: the low-rank matrix that has the observed entries."""
