@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -82,7 +83,7 @@ class FactorOptimizer(torch.optim.Optimizer):
         compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
         self.rule = rule
-        self._move: Callable[..., Any] = torch.compile(rule.step) if compile else rule.step
+        self._move = _compiled(rule.step) if compile else rule.step
         self._pairs: list[list[ParameterPair]] = []
         groups = _groups(pairs, "pairs")
         if not any(group["pairs"] for group in groups):
@@ -202,6 +203,20 @@ class FactorOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(step)
+
+    def move(*arrays: Any, scale: float, lr: float) -> Any:
+        # As tensors, so that one translation serves every schedule and scale.
+        numbers = {"scale": torch.tensor(scale), "lr": torch.tensor(lr)}
+        with warnings.catch_warnings():
+            # The look-up of array libraries is cached; a cache is no reason for concern.
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+            return compiled(*arrays, **numbers)
+
+    return move
 
 
 def _groups(given: Iterable[Any], key: str) -> list[dict[str, Any]]:

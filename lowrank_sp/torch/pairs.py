@@ -143,18 +143,16 @@ def _pairs_of_peft(name: str, layer: Any) -> Iterator[ParameterPair]:
         if _trainable(up, down):
             full_name = f"{name}.{adapter}"
             if kind := _unlike_a_product(layer, adapter):
-                raise ValueError(
-                    f"{full_name} is {kind}, not the product of two factors; freeze it"
-                )
+                raise ValueError(f"{full_name} is {kind}, not a product of two factors; freeze it")
             yield ParameterPair(full_name, up, down, float(layer.scaling[adapter]))
 
 
 def _unlike_a_product(layer: Any, adapter: str) -> str | None:
     """What an adapter of PEFT's is, when it is not ``up @ down``."""
     peft: Any = sys.modules["peft"]
-    variant = type(layer.lora_variant.get(adapter)).__name__ if _has_variant(layer, adapter) else ""
-    if variant and not variant.startswith(_PLAIN_VARIANTS):
-        return f"a {variant}"
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None and not type(variant).__name__.startswith(_PLAIN_VARIANTS):
+        return f"a {type(variant).__name__}"
     if isinstance(layer, peft.tuners.adalora.AdaLoraLayer):
         return "AdaLoRA"
     if getattr(layer, "num_experts", 1) > 1:
@@ -164,10 +162,6 @@ def _unlike_a_product(layer: Any, adapter: str) -> str | None:
     if isinstance(layer, peft.tuners.lora.tp_layer.LoraParallelLinear):
         return "a slice of a tensor-parallel layer"
     return None
-
-
-def _has_variant(layer: Any, adapter: str) -> bool:
-    return adapter in getattr(layer, "lora_variant", {})
 
 
 def _trainable(up: Any, down: Any) -> bool:
