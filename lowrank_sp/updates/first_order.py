@@ -3,59 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from lowrank_sp._arrays import Array, adjoint, eps, namespace
-from lowrank_sp.updates.frames import Frame, frames, left_times, times
-from lowrank_sp.updates.moments import Adam, Moments, Plain, init_pair, turn_pair
-from lowrank_sp.updates.rule import Pair, Rule, Scalar, State
-
-
-@dataclass(frozen=True)
-class SlotRule(Rule):
-    """A rule made of four slots: metric, moments, move and rebalance.
-
-    The defaults are the Euclidean metric, no moments, a step with decoupled weight decay, and no
-    change of gauge; then it is gradient descent. A rule overrides what it does otherwise.
-
-    Parameters
-    ----------
-    lr : float
-    moments : Moments
-        What is remembered of the preconditioned gradients.
-    weight_decay : float
-        Both factors shrink by ``1 - lr weight_decay`` each step, the product by its square.
-    """
-
-    moments: Moments = field(default_factory=Plain)
-    weight_decay: float = 0.0
-
-    def _init(self, factors: Pair) -> State:
-        return init_pair(self.moments, factors)
-
-    def _update(
-        self, factors: Pair, grads: Pair, state: State, *, scale: Scalar, lr: Scalar
-    ) -> tuple[Pair, State]:
-        preconditioned = self._metric(factors, grads, scale)
-        directions, state = turn_pair(self.moments, preconditioned, state)
-        return self._rebalance(self._move(factors, directions, lr), state)
-
-    def _metric(self, factors: Pair, grads: Pair, scale: Scalar) -> Pair:  # noqa: ARG002
-        return grads
-
-    def _move(self, factors: Pair, directions: Pair, lr: Scalar) -> Pair:
-        return descend_pair(factors, directions, lr, self.weight_decay)
-
-    def _rebalance(self, factors: Pair, state: State) -> tuple[Pair, State]:
-        return factors, state
-
-
-def descend_pair(factors: Pair, directions: Pair, lr: Scalar, decay: float) -> Pair:
-    """``x - lr (d + decay x)`` for both factors."""
-    keep = 1 - lr * decay if decay else 1.0
-    up, down = factors
-    if decay:
-        up, down = keep * up, keep * down
-    return Pair(up - lr * directions.up, down - lr * directions.down)
+from lowrank_sp._arrays import namespace
+from lowrank_sp.updates.frames import balance_of, frames, solve_left, solve_right
+from lowrank_sp.updates.moments import Adam, Moments
+from lowrank_sp.updates.rule import Gauge, Pair, Scalar
+from lowrank_sp.updates.slots import SlotRule, descend
 
 
 @dataclass(frozen=True)
@@ -78,8 +32,8 @@ class GradientDescent(SlotRule):
     >>> rule = GradientDescent(lr=0.5)
     >>> up, down = np.ones((2, 1)), np.ones((1, 3))
     >>> up, down, state = rule.step(up, down, up, down, rule.init(up, down))
-    >>> up[0, 0], down[0, 0], state["step"]
-    (np.float64(0.5), np.float64(0.5), array(1, dtype=int32))
+    >>> up[0, 0], down[0, 0], int(state["step"])
+    (np.float64(0.5), np.float64(0.5), 1)
     """
 
     lr: float = 1e-2
@@ -126,10 +80,11 @@ class LoRAPlus(SlotRule):
     weight_decay: float = 0.0
     ratio: float = 16.0
 
-    def _move(self, factors: Pair, directions: Pair, lr: Scalar) -> Pair:
-        up, _ = descend_pair(factors, directions, lr * self.ratio, self.weight_decay)
-        _, down = descend_pair(factors, directions, lr, self.weight_decay)
-        return Pair(up, down)
+    def _move(self, factors: Pair, directions: Pair, *, scale: Scalar, lr: Scalar) -> Pair:  # noqa: ARG002
+        return Pair(
+            descend(factors.up, directions.up, self.ratio * lr, self.weight_decay),
+            descend(factors.down, directions.down, lr, self.weight_decay),
+        )
 
 
 @dataclass(frozen=True)
@@ -183,6 +138,12 @@ class ScaledGD(SlotRule):
     damping: float = 1e-2
     ridge: float = 0.0
 
+    covariance: ClassVar[Gauge] = Gauge.GENERAL
+
+    @property
+    def invariance(self) -> Gauge:
+        return Gauge.UNITARY if self.ridge and self.moments.linear else super().invariance
+
     def _metric(self, factors: Pair, grads: Pair, scale: Scalar) -> Pair:
         return scaled(factors, grads, scale, damping=self.damping, ridge=self.ridge)
 
@@ -207,23 +168,16 @@ class ScaledAdamW(ScaledGD):
 def scaled(
     factors: Pair, grads: Pair, scale: Scalar, *, damping: float = 0.0, ridge: float = 0.0
 ) -> Pair:
-    """Factor gradients times the inverse Gram matrices of the other factor, over ``scale^2``."""
+    """Factor gradients times the inverse Gram matrix of the other factor, over ``scale^2``."""
     of_up, of_down = frames(factors, ridge=ridge)
-    left, right = of_up.inverse, of_down.inverse
-    n_up, n_down = left @ adjoint(left), right @ adjoint(right)
+    filtered = None
     if damping and not ridge:
-        u, v, f = _damped(of_up, of_down, damping, factors.up.shape[-1] * eps(factors.up.dtype))
-        n_up = (left @ u) * f[..., None, :] @ adjoint(left @ u)
-        n_down = (right @ v) * f[..., None, :] @ adjoint(right @ v)
-    weight = 1 / scale**2
-    return Pair(times(grads.up, n_down * weight), left_times(n_up * weight, grads.down))
-
-
-def _damped(of_up: Frame, of_down: Frame, damping: float, cut: float) -> tuple[Array, Array, Array]:
-    """Bases of the balanced gauge in both frames, and ``sigma / (sigma + delta)`` there."""
-    xp = namespace(of_up.root)
-    u, sigma, vh = xp.linalg.svd(of_up.root @ adjoint(of_down.root), full_matrices=False)
-    delta = damping * xp.mean(sigma, axis=-1, keepdims=True)
-    null = sigma <= cut * sigma[..., :1]
-    one = xp.ones_like(sigma)
-    return u, adjoint(vh), xp.where(null, one, sigma / xp.where(null, one, sigma + delta))
+        xp = namespace(factors.up)
+        of_up, sigma, of_down, null = balance_of(factors, of_up, of_down)
+        delta = damping * xp.mean(sigma, axis=-1, keepdims=True)
+        one = xp.ones_like(sigma)
+        filtered = xp.where(null, one, sigma / xp.where(null, one, sigma + delta))
+    return Pair(
+        solve_right(grads.up, of_down, filtered) / scale**2,
+        solve_left(of_up, grads.down, filtered) / scale**2,
+    )

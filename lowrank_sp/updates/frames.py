@@ -96,6 +96,29 @@ def _split(n: Array, cut: float) -> Frame:
     return Frame(root, inverse)
 
 
+class Balance(NamedTuple):
+    """The singular value decomposition of ``up @ down``, through frames turned to fit.
+
+    With ``q_up = up left.inverse`` and ``q_down = down^H right.inverse`` it is
+    ``q_up diag(sigma) q_down^H``. ``null`` marks singular values that are rounding.
+    """
+
+    left: Frame
+    sigma: Array
+    right: Frame
+    null: Array
+
+
+def balance_of(factors: Pair, of_up: Frame, of_down: Frame) -> Balance:
+    """The balanced gauge from frames of ``up`` and ``down^H``, in ``O(r^3)``."""
+    xp = namespace(of_up.root)
+    u, sigma, vh = xp.linalg.svd(of_up.root @ adjoint(of_down.root), full_matrices=False)
+    least = sigma.shape[-1] * eps(factors.up.dtype) * sigma[..., :1]
+    left = Frame(adjoint(u) @ of_up.root, of_up.inverse @ u)
+    right = Frame(vh @ of_down.root, of_down.inverse @ adjoint(vh))
+    return Balance(left, sigma, right, sigma <= least)
+
+
 def times(x: Array, small: Array) -> Array:
     """``x @ small`` in the dtype of ``x``."""
     return x @ namespace(x).astype(small, x.dtype)
@@ -104,6 +127,22 @@ def times(x: Array, small: Array) -> Array:
 def left_times(small: Array, x: Array) -> Array:
     """``small @ x`` in the dtype of ``x``."""
     return namespace(x).astype(small, x.dtype) @ x
+
+
+def solve_right(x: Array, of: Frame, weights: Array | None = None) -> Array:
+    """``x (y^H y)^{-1}`` for the block ``y`` that ``of`` is a frame of.
+
+    Each half of the inverse in its turn, so that rounding is magnified by the condition number of
+    ``y`` and not by its square. ``weights`` go between the halves.
+    """
+    first = of.inverse if weights is None else of.inverse * weights[..., None, :]
+    return times(times(x, first), adjoint(of.inverse))
+
+
+def solve_left(of: Frame, x: Array, weights: Array | None = None) -> Array:
+    """``(y^H y)^{-1} x``, as :func:`solve_right`."""
+    first = of.inverse if weights is None else of.inverse * weights[..., None, :]
+    return left_times(of.inverse, left_times(adjoint(first), x))
 
 
 def frames(factors: Pair, *, ridge: float = 0.0) -> tuple[Frame, Frame]:

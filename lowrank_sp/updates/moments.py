@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lowrank_sp._arrays import Array, namespace, real_dtype
 from lowrank_sp.updates.rule import Pair, State, counter, over
@@ -15,7 +16,13 @@ from lowrank_sp.updates.rule import Pair, State, counter, over
 
 @dataclass(frozen=True)
 class Moments(ABC):
-    """The history of one factor; :func:`turn_pair` applies it to both."""
+    """The history of one factor; a rule keeps one for each.
+
+    ``linear`` says whether the direction is a linear map of gradients, row by row and column by
+    column, which keeps the covariance of the gradients under a fixed change of gauge.
+    """
+
+    linear: ClassVar[bool] = False
 
     def init(self, x: Array) -> State:  # noqa: ARG002
         """What is kept for a factor ``x`` before the first step."""
@@ -30,19 +37,18 @@ class Moments(ABC):
 class Plain(Moments):
     """No history: the direction is the gradient."""
 
+    linear: ClassVar[bool] = True
+
     def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:  # noqa: ARG002
         return grad, state
 
 
 @dataclass(frozen=True)
 class Momentum(Moments):
-    """Heavy ball: ``mean <- beta mean + grad``, which is the direction.
-
-    A linear map of gradients in a fixed gauge, so it keeps the covariance of the metric before it
-    under constant changes of gauge.
-    """
+    """Heavy ball: ``mean <- beta mean + grad``, which is the direction."""
 
     beta: float = 0.9
+    linear: ClassVar[bool] = True
 
     def init(self, x: Array) -> State:
         return {"mean": namespace(x).zeros_like(x)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from enum import Enum
+from typing import Any, NamedTuple
 
 from lowrank_sp._arrays import Array, as_compute, device, is_array, namespace
 
@@ -24,18 +24,29 @@ class Pair(NamedTuple):
     down: Array
 
 
-@dataclass(frozen=True)
+class Gauge(Enum):
+    """Changes of gauge ``(up @ x, inv(x) @ down)`` that leave a path of products as it is."""
+
+    GENERAL = "every invertible x"
+    UNITARY = "unitary x"
+    NONE = "none"
+
+
 class Rule(ABC):
-    r"""An update rule on the factor pair of ``W = W_0 + scale * up @ down``.
+    """An update rule on the factor pair of ``W = W_0 + scale * up @ down``.
 
-    A rule is a frozen dataclass of hyper-parameters with two pure functions. They take arrays of
-    any library, and leading axes are batch axes: pairs of one shape are stacked and moved at once.
+    A rule is a frozen dataclass of hyper-parameters with two pure functions, :meth:`init` and
+    :meth:`step`. They take arrays of any library, and leading axes are batch axes: pairs of one
+    shape are stacked and moved at once.
 
-    Parameters
+    Attributes
     ----------
     lr : float
         Learning rate. :meth:`step` takes another one as an argument, so that schedules, traced by
         a compiler or not, need no new rule.
+    invariance : Gauge
+        What the rule promises; :func:`~lowrank_sp.updates.conformance.conformance` measures it.
+    joint : bool
 
     Notes
     -----
@@ -48,20 +59,27 @@ class Rule(ABC):
     - *Precision*: the mathematics is done in at least float32, and the new factors are rounded to
       the dtype of the old ones once. Whoever trains in half precision keeps float32 factors and
       copies them, since small steps are lost otherwise.
-    - *Frozen factors*: a factor whose gradient is None stays as it is. Rules that move both factors
-      together (``joint``) refuse.
+    - *Frozen factors*: a factor whose gradient is None stays as it is. ``joint`` rules refuse.
     - *Cold start*: ``up`` or ``down`` may be zero or rank deficient. A rule that inverts a Gram
       matrix takes the pseudo-inverse, so a factor does not move along directions in which the other
       factor has no extent. With ``up = 0``, the usual start, the first step therefore moves ``up``
-      alone, by the step that the Gram matrix of ``down`` prescribes.
+      alone, by the step that the Gram matrix of ``down`` prescribes. A rule that changes the gauge
+      leaves a pair alone whose product is rank deficient, since no balanced gauge exists there.
     - *Gradients that are not finite* give a step that is not finite. Wrap the rule in
       :class:`~lowrank_sp.updates.wrappers.SkipNonFinite` to have such steps skipped and counted.
     """
 
     lr: float
 
-    #: Whether the two factors only move together, so that neither can be frozen.
-    joint: ClassVar[bool] = False
+    @property
+    def joint(self) -> bool:
+        """Whether the two factors only move together, so that neither can be frozen."""
+        return False
+
+    @property
+    @abstractmethod
+    def invariance(self) -> Gauge:
+        """Changes of gauge that leave the path of ``up @ down`` as it is."""
 
     def init(self, up: Array, down: Array) -> State:
         """State before the first step.
@@ -116,10 +134,18 @@ class Rule(ABC):
         lr = self.lr if lr is None else lr
         new, state = self._update(factors, grads, state, scale=over(scale), lr=over(lr))
         return (
-            up if grad_up is None else _like(new.up, up),
-            down if grad_down is None else _like(new.down, down),
+            up if grad_up is None else rounded(new.up, up),
+            down if grad_down is None else rounded(new.down, down),
             state,
         )
+
+    def settle(self, up: Array, down: Array, state: State) -> tuple[Array, Array]:  # noqa: ARG002
+        """The factors to keep when training ends.
+
+        They are ``up`` and ``down``, but for rules that have gradients taken beside the factors,
+        such as :class:`~lowrank_sp.updates.flatness.SAM`.
+        """
+        return up, down
 
     def _init(self, factors: Pair) -> State:  # noqa: ARG002
         return {}
@@ -136,6 +162,13 @@ def over(x: Scalar) -> Scalar:
     return x[..., None, None] if is_array(x) and x.ndim > 0 else x
 
 
+def where(condition: Array, x: Array, y: Array) -> Array:
+    """``x`` or ``y`` for every pair of a batch."""
+    xp = namespace(x)
+    shape = (*condition.shape, *(1 for _ in range(x.ndim - condition.ndim)))
+    return xp.where(xp.reshape(condition, shape), x, y)
+
+
 def counter(factors: Pair) -> Array:
     """A step counter at zero, one for every pair of a batch."""
     xp = namespace(factors.up)
@@ -146,5 +179,6 @@ def _gradient(grad: Array | None, factor: Array) -> Array:
     return namespace(factor).zeros_like(factor) if grad is None else as_compute(grad)
 
 
-def _like(new: Array, old: Array) -> Array:
+def rounded(new: Array, old: Array) -> Array:
+    """``new`` in the dtype of ``old``."""
     return new if new.dtype == old.dtype else namespace(new).astype(new, old.dtype)
