@@ -104,7 +104,7 @@ class RefLoRAScalar(SlotRule):
 
 @dataclass(frozen=True)
 class BaLoRA(SlotRule):
-    r"""BaLoRA :cite:p:`castin2026balora`: every step starts from the balanced factors.
+    r"""BaLoRA :cite:p:`castin2026balanced`: every step starts from the balanced factors.
 
     ``B^H B = A A^H = diag(sigma)``, with the signs of :func:`~lowrank_sp.gauge.fix_signs`. The
     balanced pair depends on the product alone, and with it the whole path, whatever the moments, as

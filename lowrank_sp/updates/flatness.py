@@ -68,7 +68,7 @@ class SAM(Wrapper):
 
 @dataclass(frozen=True)
 class EFlat(Wrapper):
-    r"""EFMLoRA :cite:p:`eflat2025`: a perturbation of the full weight, made by ``up`` alone.
+    r"""EFMLoRA :cite:p:`deng2025flat`: a perturbation of the full weight, made by ``up`` alone.
 
     The worst perturbation ``E = rho P / ||P||_F`` of ``W``, with ``P = (G P_A + P_B G) / 2``, the
     part of the gradient that both factors see, is reached as ``scale E_B A`` with

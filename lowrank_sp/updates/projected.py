@@ -187,7 +187,7 @@ def _dense(at: Point, x: Tangent) -> Array:
 
 @dataclass(frozen=True)
 class AdaPreLoRA(Rule):
-    r"""AdaPreLoRA :cite:p:`adaprelora2026`: the problem of LoRA-Pro in Adafactor's metric.
+    r"""AdaPreLoRA :cite:p:`bian2026adaprelora`: the problem of LoRA-Pro in Adafactor's metric.
 
     With running energies ``L`` of the rows and ``R`` of the columns of the gradient, as Adafactor
     keeps them, the steps ``h`` minimize

@@ -60,7 +60,7 @@ def newton_schulz(x: Array, *, steps: int = 5) -> Array:
 
 @dataclass(frozen=True)
 class LoRAMuon(SlotRule):
-    r"""LoRA-Muon :cite:p:`loramuon2026`: steps of one spectral norm, whatever the gauge.
+    r"""LoRA-Muon :cite:p:`cesista2026loramuon`: steps of one spectral norm, whatever the gauge.
 
     .. math::
         B \leftarrow \gamma B
@@ -104,7 +104,7 @@ class LoRAMuon(SlotRule):
 
 @dataclass(frozen=True)
 class Spectron(SlotRule):
-    """Spectron :cite:p:`spectron2026`: polar factors of both momenta, with a step that fits both.
+    """Spectron :cite:p:`janson2026stabilizing`: polar factors of both momenta, with a step that fits both.
 
     The step is ``lr / (sigma(up) + sigma(down) + 1)`` with the largest singular values, so that the
     product moves by at most ``lr`` in spectral norm, the term of second order included, for

@@ -131,7 +131,7 @@ def _inverse_root(p: Array, eps: float) -> Array:
 
 @dataclass(frozen=True)
 class LoFT(Rule):
-    r"""LoFT :cite:p:`tastan2025loft`: Adam of the full weight, seen through one factor at a time.
+    r"""LoFT :cite:p:`tastan2026loft`: Adam of the full weight, seen through one factor at a time.
 
     Of the gradient, ``down`` sees ``P_B G = Q_B u`` and ``up`` sees ``G P_A``. A mean of ``u`` is
     kept, and an ``r x r`` mean of ``u_j u_j^H`` for each column ``j``; both turn with the frame.

@@ -69,8 +69,8 @@ class SkipNonFinite(Wrapper):
         self, factors: Pair, grads: Pair, state: State, *, scale: Scalar, lr: Scalar
     ) -> tuple[Pair, State]:
         xp = namespace(factors.up)
-        good = xp.all(xp.isfinite(grads.up), axis=(-2, -1))
-        good = good & xp.all(xp.isfinite(grads.down), axis=(-2, -1))
+        good = xp.all(xp.all(xp.isfinite(grads.up), axis=-1), axis=-1)
+        good = good & xp.all(xp.all(xp.isfinite(grads.down), axis=-1), axis=-1)
         inner = {name: x for name, x in state.items() if name != "skipped"}
         # Eigenvalue routines refuse NaN in some libraries.
         safe = Pair(*(where(good, g, xp.zeros_like(g)) for g in grads))
