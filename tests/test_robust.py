@@ -230,8 +230,7 @@ def test_callback_sees_whole_values_and_can_stop():
     assert seen[-1][2] < seen[0][2]
 
 
-def test_pursuit_satisfies_the_optimality_conditions():
-    """A dual certificate: ``Y`` with ``|Y| <= weight``, its sign on the support, ``U V^H`` on it."""
+def test_pursuit_finds_the_minimum():
     p = problem(shape=(60, 60), rank=2, outliers=0.05)
     stop = lr.Stop(tol=1e-9, max_iter=2000)
     found = robust.principal_component_pursuit(p.data, rng=0, growth=1.05, stop=stop)
