@@ -23,8 +23,9 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.iterate import Solution
 from lowrank_sp.tensors.cp import CP
-from lowrank_sp.tensors.mttkrp import Dense, Rows, Source
+from lowrank_sp.tensors.mttkrp import Rows
 from lowrank_sp.tensors.ranks import as_tensor, scaled
+from lowrank_sp.tensors.source import Dense, Source
 
 # From the rows of a mode, the gradient M - W F and the Gram matrix W to the step of the rows.
 Solve = Callable[[Array, Array, np.ndarray], Array]
@@ -107,9 +108,7 @@ def distance(state: State) -> float:
     return source.distance(state.rows)
 
 
-def sweep(
-    state: State, solve: Solve, ridge: float = 0.0, first: Array | None = None
-) -> State:
+def sweep(state: State, solve: Solve, ridge: float = 0.0, first: Array | None = None) -> State:
     """One sweep.
 
     The objective is ``||X - Y||^2 + ridge sum_k ||A_k||^2``. A step ``D`` of the rows of one mode
@@ -143,7 +142,9 @@ def sweep(
     rows = state.source.sweep(state.rows, update, first)
     square = float(np.sum(reduce(np.multiply, grams)).real)
     rows, grams = balanced(rows, grams)
-    return State(state.source, rows, grams, state.rows, product, square, fall, False, state.sweeps + 1)
+    return State(
+        state.source, rows, grams, state.rows, product, square, fall, False, state.sweeps + 1
+    )
 
 
 def gram_of(rows: Array) -> np.ndarray:
@@ -181,6 +182,8 @@ def with_degeneracy(solution: Solution) -> Solution:
     if not lengths > _CANCELLATION**2 * square:
         return solution
     ratio = f"{(lengths / square) ** 0.5:.0f}" if square > 0 else "more than 1e8"
-    reason = f"{solution.reason}; degenerate: terms cancel, they are {ratio} times as long as their sum"
+    reason = (
+        f"{solution.reason}; degenerate: terms cancel, they are {ratio} times as long as their sum"
+    )
     converged = None if solution.converged is None else False
     return replace(solution, converged=converged, reason=reason)

@@ -152,9 +152,11 @@ class CP(FactoredTensor):
     def hadamard(self, other: CP) -> CP:
         """Entrywise product, of rank ``R R'``: Khatri-Rao products of the rows of the factors."""
         self._check_same_shape(other)
-        pairs = zip((self.weights[None, :], *self.factors), (other.weights[None, :], *other.factors))
+        ours = (self.weights[None, :], *self.factors)
+        theirs = (other.weights[None, :], *other.factors)
+        pairs = zip(ours, theirs, strict=True)
         weights, *factors = (khatri_rao((a.mT, b.mT)).mT for a, b in pairs)
-        return CP(weights[0, :], factors)
+        return CP(weights[0, :], tuple(factors))
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, CP):
@@ -163,7 +165,7 @@ class CP(FactoredTensor):
         xp = namespace(self.weights, other.weights)
         pairs = zip(self.factors, other.factors, strict=True)
         weights = xp.concat([self.weights, other.weights])
-        return CP(weights, [xp.concat([a, b], axis=1) for a, b in pairs])
+        return CP(weights, tuple(xp.concat([a, b], axis=1) for a, b in pairs))
 
     def __mul__(self, factor: Any) -> Any:
         factor = self._as_scalar(factor)
@@ -174,7 +176,8 @@ class CP(FactoredTensor):
 
     def __getitem__(self, index: Any) -> CP:
         parts = slices_of(index, len(self.factors))
-        return CP(self.weights, [f[rows, :] for f, rows in zip(self.factors, parts, strict=True)])
+        pairs = zip(self.factors, parts, strict=True)
+        return CP(self.weights, tuple(f[rows, :] for f, rows in pairs))
 
     def matrix(self, index: int) -> LowRank:
         """Slice ``index`` along the first mode of a tensor of order 3, as a low-rank matrix."""
@@ -204,7 +207,7 @@ class CP(FactoredTensor):
             factors[k], last = fix_signs(factors[k], factors[-1].mT)
             factors[-1] = last.mT
         place = xp.argsort(weights, descending=True, stable=True)
-        ordered = [xp.take(f, place, axis=1) for f in factors]
+        ordered = tuple(xp.take(f, place, axis=1) for f in factors)
         return CP(xp.take(weights, place), ordered, self.error)
 
 

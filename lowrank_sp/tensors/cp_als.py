@@ -21,7 +21,6 @@ from lowrank_sp.tensors.cp_start import (
     random_factors,
 )
 from lowrank_sp.tensors.line_search import extrapolated
-from lowrank_sp.tensors.mttkrp import Dense
 from lowrank_sp.tensors.ranks import cp_rank
 
 # A core is iterated on first if it is this much smaller, of a tensor of at least so many entries,
@@ -103,45 +102,74 @@ def cp_als(
     (CP(8 x 7 x 6, rank 3, float64), True)
     """
     problem = Problem.of(x)
-    source, shape = problem.source, tuple(x.shape)
+    shape = tuple(x.shape)
     rank = cp_rank(rank, shape)
     if not regularization >= 0:
         raise ValueError(f"regularization must be at least 0, got {regularization}")
-    generator = np.random.default_rng(rng)
+    return decompose(
+        problem,
+        rank,
+        None if init is None else given_factors(init, shape, rank),
+        rng=rng,
+        stop=stop,
+        callback=callback,
+        step=least_squares_step(problem.source.norm, regularization, line_search),
+        compress=compress,
+    )
+
+
+def decompose(
+    problem: Problem,
+    rank: int,
+    factors: list[Array] | None,
+    *,
+    rng: RNG,
+    stop: Stop,
+    callback: Callable[[int, float, CP], Any] | None,
+    step: Callable[[State], tuple[State, float]],
+    compress: bool | None,
+) -> Solution:
+    """:func:`cp_als` of whatever gives two products, its arguments checked."""
+    source, generator = problem.source, np.random.default_rng(rng)
     if compress is None:
-        compress = stop.max_iter >= _SWEEPS and pays(source.shape, rank)
-    algebraic = init is None and has_pencils(source.shape, rank)
+        compress = stop.max_iter >= _SWEEPS and _pays(source.shape, rank)
+    algebraic = factors is None and has_pencils(source.shape, rank)
     core = Core.of(source, rank) if compress or algebraic else None
-    if init is not None:
-        rows = problem.rows(given_factors(init, shape, rank))
-    else:
-        found = algebraic_rows(core, rank, generator) if algebraic else None
-        rows = found or problem.rows(random_factors(x, shape, rank, generator))
-    once = least_squares_step(source.norm, regularization, line_search)
-    tol, last = stop.resolve(source.dtype), stop.max_iter - _POLISH
-
-    def step(stage: _Stage) -> tuple[_Stage, float]:
-        state, change = once(stage.state)
-        if stage.core is None:
-            return _Stage(state, None), change
-        if state.sweeps < last and not (tol is not None and change <= tol):
-            return _Stage(state, stage.core), change
-        state, change = once(stage.core.lifted(state, source))
-        return _Stage(state, None), change
-
+    rows = None if factors is None else problem.rows(factors)
+    if core is not None and algebraic:
+        rows = algebraic_rows(core, rank, generator)
+    if rows is None:
+        shape = tuple(source.shape[source.modes.index(k)] for k in range(len(source.shape)))
+        rows = problem.rows(random_factors(problem.like, shape, rank, generator))
     if compress and core is not None:
         stage = _Stage(core.started(rows), core)
     else:
         stage = _Stage(started(source, rows), None)
+    tol, last = stop.resolve(source.dtype), stop.max_iter - _POLISH
+
+    def advance(stage: _Stage) -> tuple[_Stage, float]:
+        state, change = step(stage.state)
+        if stage.core is None:
+            return _Stage(state, None), change
+        if state.sweeps < last and not (tol is not None and change <= tol):
+            return _Stage(state, stage.core), change
+        state, change = step(stage.core.lifted(state, source))
+        return _Stage(state, None), change
+
+    def value(stage: _Stage) -> CP:
+        state, core = stage
+        return problem.answer(state if core is None else core.lifted(state, source))
+
     solution = iterate(
-        step,
-        stage,
-        stop=stop,
-        dtype=source.dtype,
-        callback=callback,
-        value=lambda stage: problem.answer(_on_tensor(stage, source)),
+        advance, stage, stop=stop, dtype=source.dtype, callback=callback, value=value
     )
     return with_degeneracy(solution)
+
+
+def _pays(shape: tuple[int, ...], rank: int) -> bool:
+    """Whether sweeps over the core are worth its making."""
+    smaller = math.prod(core_shape(shape, rank))
+    return math.prod(shape) >= max(_ENTRIES, _SHRINKS * smaller)
 
 
 class _Stage(NamedTuple):
@@ -149,15 +177,6 @@ class _Stage(NamedTuple):
 
     state: State
     core: Core | None
-
-def _on_tensor(stage: _Stage, source: Dense) -> State:
-    return stage.state if stage.core is None else stage.core.lifted(stage.state, source)
-
-
-def pays(shape: tuple[int, ...], rank: int) -> bool:
-    """Whether sweeps over the core are worth its making."""
-    smaller = math.prod(core_shape(shape, rank))
-    return math.prod(shape) >= max(_ENTRIES, _SHRINKS * smaller)
 
 
 # A line search is made where a change is more than this part of the one before.
@@ -195,7 +214,7 @@ def inverse(gram: np.ndarray, floor: float) -> np.ndarray:
 
     Eigenvalues up to ``floor`` times the largest are noise.
     """
-    lengths = np.sqrt(np.diag(gram).real)
+    lengths = np.sqrt(np.real(np.diag(gram)))
     lengths = np.where(lengths > 0, lengths, 1.0)
     scale = np.outer(lengths, lengths)
     unit = gram / scale

@@ -12,8 +12,8 @@ from lowrank_sp._arrays import RNG, Array, frobenius, from_host, standard_normal
 from lowrank_sp.tensors.alternating import State, gram_of
 from lowrank_sp.tensors.cp import CP
 from lowrank_sp.tensors.modes import khatri_rao
-from lowrank_sp.tensors.mttkrp import Dense, Rows, conjugate
-from lowrank_sp.tensors.hosvd import st_hosvd
+from lowrank_sp.tensors.mttkrp import Rows, conjugate
+from lowrank_sp.tensors.source import Dense, Source
 
 # Columns of the bases beyond the rank: noise may hide a weak direction among the others.
 _OVERSAMPLING = 5
@@ -43,10 +43,10 @@ class Core(NamedTuple):
     bases: tuple[Array, ...]
 
     @classmethod
-    def of(cls, source: Dense, rank: int) -> Core:
+    def of(cls, source: Source, rank: int) -> Core:
         """The core of a truncated HOSVD, a little larger than ``rank`` in every mode."""
-        data, bases = st_hosvd(source.tensor(), core_shape(source.shape, rank))
-        return cls(Dense.of(data, frobenius(data)), tuple(bases))
+        data, bases = source.core(core_shape(source.shape, rank))
+        return cls(Dense.of(data, frobenius(data)), bases)
 
     def started(self, rows: Rows) -> State:
         """State before the first sweep from rows of the tensor.
@@ -61,7 +61,7 @@ class Core(NamedTuple):
         """Rows of the tensor from rows of the core."""
         return [r @ u.mT for r, u in zip(rows, self.bases, strict=True)]
 
-    def lifted(self, state: State, source: Dense) -> State:
+    def lifted(self, state: State, source: Source) -> State:
         """A state on the core as one on the tensor."""
         return state._replace(source=source, rows=self.outside(state.rows), before=None, slow=False)
 
@@ -72,7 +72,7 @@ def core_shape(shape: Sequence[int], rank: int) -> tuple[int, ...]:
 
 
 def has_pencils(shape: Sequence[int], rank: int) -> bool:
-    """Whether generalized eigenvectors can give ``rank`` terms, or an SVD in the case of order 2."""
+    """Whether generalized eigenvectors, or an SVD for order 2, can give ``rank`` terms."""
     return len(shape) >= 2 and sum(n >= rank for n in shape) >= 2
 
 
@@ -86,7 +86,7 @@ def algebraic_rows(core: Core, rank: int, rng: np.random.Generator) -> list[Arra
     """
     shape = tuple(min(n, rank) for n in core.data.shape)
     bases = [u[:, :n] for u, n in zip(core.bases, shape, strict=True)]
-    data = to_host(core.data.tensor())[tuple(slice(n) for n in shape)]
+    data = to_host(core.data.tensor)[tuple(slice(n) for n in shape)]
     square = [axis for axis, n in enumerate(shape) if n == rank][:2]
     rest = [axis for axis in range(len(shape)) if axis not in square]
     sizes = tuple(shape[axis] for axis in rest)
@@ -123,7 +123,7 @@ def _from_pencil(
     values, vectors = np.linalg.eig(np.linalg.solve(second, first))
     if not np.iscomplexobj(slices):
         # A conjugate pair spans a real plane, of which any basis will do.
-        vectors = np.where(values.imag < 0, vectors.imag, vectors.real)
+        vectors = np.where(np.imag(values) < 0, np.imag(vectors), np.real(vectors))
     a = second @ vectors
     a = a / np.linalg.norm(a, axis=0)
     c = np.einsum("ar,kar->kr", a.conj(), slices @ vectors)

@@ -12,9 +12,9 @@ from functools import reduce
 
 import numpy as np
 
-from lowrank_sp._arrays import Array, adjoint, eps, from_host, inner, is_complex, namespace, to_host
+from lowrank_sp._arrays import Array, eps, inner, namespace, to_host
 from lowrank_sp.tensors.alternating import State, gram_of
-from lowrank_sp.tensors.mttkrp import conjugate, contracted, khatri_rao_rows
+from lowrank_sp.tensors.mttkrp import contracted, khatri_rao_rows
 
 
 def extrapolated(state: State, ridge: float = 0.0) -> tuple[State, Array, float]:
@@ -37,7 +37,7 @@ def extrapolated(state: State, ridge: float = 0.0) -> tuple[State, Array, float]
     values = partials
     for axis in reversed(kept):
         values = _times_line(values, rows[axis], steps[axis], _along_last)
-    products = np.asarray([complex(xp.sum(v)).real if is_complex(v.dtype) else float(xp.sum(v)) for v in values])
+    products = np.real([to_host(xp.sum(v)) for v in values])
     objective = _norm_polynomial(state, steps, ridge)
     objective[: len(products)] -= 2 * products
     t = _lowest(objective)
