@@ -169,7 +169,8 @@ class FrozenDown(Rule):
         of_down = frame(adjoint(factors.down))
         step = state["step"] + 1
         kept = {name: x for name, x in state.items() if name != "step"}
-        direction, kept = self.moments.turn(solve_right(grads.up, of_down) / scale**2, kept, step)
+        projected = solve_right(grads.up, of_down, 1 / scale**2)
+        direction, kept = self.moments.turn(projected, kept, step)
         up = descend(factors.up, direction, lr, self.weight_decay)
         return Pair(up, factors.down), {"step": step, **kept}
 

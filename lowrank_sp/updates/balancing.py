@@ -62,6 +62,7 @@ class RefLoRA(SlotRule):
         unit = xp.ones_like(total)
         mean = xp.where(known > 0, total / xp.where(known > 0, known, unit), unit)
         filled = xp.where(null, mean, sigma)
+        filled = filled[..., None, :]
         return Pair(solve_right(grads.up, right, filled), solve_left(left, grads.down, filled))
 
 

@@ -170,14 +170,12 @@ def scaled(
 ) -> Pair:
     """Factor gradients times the inverse Gram matrix of the other factor, over ``scale^2``."""
     of_up, of_down = frames(factors, ridge=ridge)
-    filtered = None
+    weights = 1 / scale**2
     if damping and not ridge:
         xp = namespace(factors.up)
         of_up, sigma, of_down, null = balance_of(factors, of_up, of_down)
         delta = damping * xp.mean(sigma, axis=-1, keepdims=True)
         one = xp.ones_like(sigma)
         filtered = xp.where(null, one, sigma / xp.where(null, one, sigma + delta))
-    return Pair(
-        solve_right(grads.up, of_down, filtered) / scale**2,
-        solve_left(of_up, grads.down, filtered) / scale**2,
-    )
+        weights = weights * filtered[..., None, :]
+    return Pair(solve_right(grads.up, of_down, weights), solve_left(of_up, grads.down, weights))

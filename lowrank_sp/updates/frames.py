@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from lowrank_sp._arrays import (
@@ -12,13 +11,9 @@ from lowrank_sp._arrays import (
     eps,
     is_complex,
     namespace,
-    slices,
     wide_dtype,
 )
 from lowrank_sp.updates.rule import Pair
-
-# Entries widened at a time, so that the wide copy stays in cache.
-_CHUNK = 2**17
 
 
 class Frame(NamedTuple):
@@ -38,16 +33,8 @@ class Frame(NamedTuple):
 def gram(x: Array) -> Array:
     """``x^H x`` of a tall block ``(..., m, r)``, summed in float64 where the library has it."""
     xp = namespace(x)
-    wide = wide_dtype(xp, x.dtype)
-    if x.dtype == wide:
-        return adjoint(x) @ x
-    rows = x.shape[-2]
-    entries = max(1, math.prod(x.shape) // max(1, rows))
-    total: Any = 0.0
-    for part in slices(rows, max(64, _CHUNK // entries)):
-        block = xp.astype(x[..., part, :], wide)
-        total = total + adjoint(block) @ block
-    return total
+    wide = xp.astype(x, wide_dtype(xp, x.dtype), copy=False)
+    return adjoint(wide) @ wide
 
 
 def frame(x: Array, *, ridge: float = 0.0) -> Frame:
@@ -87,7 +74,8 @@ def _split(n: Array, cut: float) -> Frame:
     lengths = xp.where(squares > 0, squares, one) ** 0.5
     unit = n / (lengths[..., :, None] * lengths[..., None, :])
     values, vectors = xp.linalg.eigh(unit)
-    least = max(cut**2, n.shape[-1] * eps(n.dtype))
+    # Eigenvalues that are rounding reach a few r eps; a direction kept by mistake is noise.
+    least = max(cut**2, 8 * n.shape[-1] * eps(n.dtype))
     keep = values > least
     sizes = xp.where(keep, values, xp.ones_like(values)) ** 0.5
     zero = xp.zeros_like(sizes)
@@ -129,20 +117,19 @@ def left_times(small: Array, x: Array) -> Array:
     return namespace(x).astype(small, x.dtype) @ x
 
 
-def solve_right(x: Array, of: Frame, weights: Array | None = None) -> Array:
+def solve_right(x: Array, of: Frame, weights: Any = 1.0) -> Array:
     """``x (y^H y)^{-1}`` for the block ``y`` that ``of`` is a frame of.
 
     Each half of the inverse in its turn, so that rounding is magnified by the condition number of
-    ``y`` and not by its square. ``weights`` go between the halves.
+    ``y`` and not by its square. ``weights``, a number or real and of shape ``(..., 1, r)``, go
+    between the halves.
     """
-    first = of.inverse if weights is None else of.inverse * weights[..., None, :]
-    return times(times(x, first), adjoint(of.inverse))
+    return times(times(x, of.inverse * weights), adjoint(of.inverse))
 
 
-def solve_left(of: Frame, x: Array, weights: Array | None = None) -> Array:
+def solve_left(of: Frame, x: Array, weights: Any = 1.0) -> Array:
     """``(y^H y)^{-1} x``, as :func:`solve_right`."""
-    first = of.inverse if weights is None else of.inverse * weights[..., None, :]
-    return left_times(of.inverse, left_times(adjoint(first), x))
+    return left_times(of.inverse, left_times(adjoint(of.inverse * weights), x))
 
 
 def frames(factors: Pair, *, ridge: float = 0.0) -> tuple[Frame, Frame]:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowrank_sp._arrays import Array, namespace, real_dtype
+from lowrank_sp._arrays import Array, is_complex, namespace, real_dtype
 from lowrank_sp.updates.rule import Pair, State, counter, over
 
 
@@ -77,11 +77,22 @@ class Adam(Moments):
     def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:
         xp = namespace(grad)
         first, second = self.betas
-        mean = first * state["mean"] + (1 - first) * grad
-        square = second * state["square"] + (1 - second) * abs(grad) ** 2
+        mean = (1 - first) * grad
+        mean += first * state["mean"]
+        square = (1 - second) * squared(grad)
+        square += second * state["square"]
         count = over(xp.astype(step, square.dtype))
-        size = (square / (1 - second**count)) ** 0.5 + self.eps
-        return mean / ((1 - first**count) * size), {"mean": mean, "square": square}
+        # mean / c / (sqrt(square / d) + eps), with one division by an array
+        seen = (1 - second**count) ** 0.5
+        size = xp.sqrt(square)
+        size += self.eps * seen
+        size *= (1 - first**count) / seen
+        return mean / size, {"mean": mean, "square": square}
+
+
+def squared(x: Array) -> Array:
+    """Squares of the magnitudes of the entries."""
+    return abs(x) ** 2 if is_complex(x.dtype) else x * x
 
 
 def init_pair(moments: Moments, factors: Pair) -> State:

@@ -152,8 +152,8 @@ class LoRAPro(Rule):
     def _split(self, factors: Pair, grads: Pair, scale: Scalar) -> Pair:
         up, down = factors
         of_up, of_down = frames(factors)
-        whole_up = solve_right(grads.up, of_down) / scale**2
-        whole_down = solve_left(of_up, grads.down) / scale**2
+        whole_up = solve_right(grads.up, of_down, 1 / scale**2)
+        whole_down = solve_left(of_up, grads.down, 1 / scale**2)
         # up @ shared and shared @ down are what P_B G P_A is made by on either side
         shared = solve_left(of_up, adjoint(up) @ whole_up)
         if not self.sylvester:
@@ -291,8 +291,8 @@ def _weighted_split(factors: Pair, grads: Pair, left: Array, right: Array, scale
     up, down = factors
     of_up = frame(up * left[..., :, None] ** 0.5)
     of_down = frame(adjoint(down) * right[..., :, None] ** 0.5)
-    whole_up = solve_right(grads.up, of_down) / scale**2
-    whole_down = solve_left(of_up, grads.down) / scale**2
+    whole_up = solve_right(grads.up, of_down, 1 / scale**2)
+    whole_down = solve_left(of_up, grads.down, 1 / scale**2)
     shared = solve_left(of_up, adjoint(up) @ whole_up) / 2
     return Pair(
         whole_up / left[..., :, None] - up @ shared,

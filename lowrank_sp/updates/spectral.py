@@ -104,7 +104,7 @@ class LoRAMuon(SlotRule):
 
 @dataclass(frozen=True)
 class Spectron(SlotRule):
-    """Spectron :cite:p:`janson2026stabilizing`: polar factors of both momenta, with a step that fits both.
+    """Spectron :cite:p:`janson2026stabilizing`: polar factors, with a step that fits both sides.
 
     The step is ``lr / (sigma(up) + sigma(down) + 1)`` with the largest singular values, so that the
     product moves by at most ``lr`` in spectral norm, the term of second order included, for

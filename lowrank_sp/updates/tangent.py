@@ -55,8 +55,8 @@ def project(at: Point, g_down: Array, up_g: Array) -> Tangent:
 
 def project_gradient(at: Point, grads: Pair, scale: Scalar) -> Tangent:
     """Projection of the gradient with respect to ``W`` of which factor gradients are at hand."""
-    g_down = times(grads.up, at.of_down.inverse) / scale
-    up_g = left_times(adjoint(at.of_up.inverse), grads.down) / scale
+    g_down = times(grads.up, at.of_down.inverse / scale)
+    up_g = left_times(adjoint(at.of_up.inverse / scale), grads.down)
     return project(at, g_down, up_g)
 
 

@@ -114,11 +114,11 @@ class LoRARite(Rule):
     ) -> tuple[Array, Array, Array]:
         """Direction, momentum and second moment of one factor, as a tall block."""
         first, second = decays
-        u = times(grad, other.inverse) / scale
+        u = times(grad, other.inverse / scale)
         fresh = adjoint(u) @ u / u.shape[-2]
         square = second * (turn @ square @ adjoint(turn)) + (1 - second) * fresh
         mean = first * (mean @ adjoint(turn)) + (1 - first) * (u @ _inverse_root(square, self.eps))
-        return times(mean, adjoint(other.inverse)) / scale, mean, square
+        return times(mean, adjoint(other.inverse / scale)), mean, square
 
 
 def _inverse_root(p: Array, eps: float) -> Array:
@@ -185,7 +185,7 @@ class LoFT(Rule):
         step = state["step"] + 1
         # Each factor as a tall block, with the frame of the other and how that has turned.
         up_step, up_mean, up_square = self._side(
-            times(grads.up, of_down.inverse) / scale,
+            times(grads.up, of_down.inverse / scale),
             adjoint(q_down),
             q_down @ adjoint(state["down_basis"]),
             state["up_mean"],
@@ -193,15 +193,15 @@ class LoFT(Rule):
             step,
         )
         down_step, down_mean, down_square = self._side(
-            times(adjoint(grads.down), of_up.inverse) / scale,
+            times(adjoint(grads.down), of_up.inverse / scale),
             q_up,
             adjoint(q_up) @ state["up_basis"],
             adjoint(state["down_mean"]),
             state["down_square"],
             step,
         )
-        up_step = times(up_step, adjoint(of_down.inverse)) / scale
-        down_step = adjoint(times(down_step, adjoint(of_up.inverse))) / scale
+        up_step = times(up_step, adjoint(of_down.inverse / scale))
+        down_step = adjoint(times(down_step, adjoint(of_up.inverse / scale)))
         ups = state["step"] % 2 == 0
         new = Pair(
             where(ups, descend(up, up_step, lr, self.weight_decay), up),
