@@ -157,7 +157,9 @@ class TensorEntries:
 
     def unobserved(self) -> list[tuple[int, np.ndarray]]:
         """Pairs of a mode and the indices of it that no entry has."""
-        counts = (np.bincount(i, minlength=n) for i, n in zip(self.indices.T, self.shape, strict=True))
+        counts = (
+            np.bincount(i, minlength=n) for i, n in zip(self.indices.T, self.shape, strict=True)
+        )
         empty = [(mode, np.flatnonzero(count == 0)) for mode, count in enumerate(counts)]
         return [(mode, lines) for mode, lines in empty if len(lines)]
 

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import fields, replace
 from numbers import Number
-from typing import Any
+from typing import Any, Self
 
-from lowrank_sp._arrays import Array, device, is_complex
+import numpy as np
+
+from lowrank_sp._arrays import Array, device, host_view, is_array, is_complex, namespace
+
+
+def on_host(x: Array) -> Array:
+    """``x`` as a NumPy array where that needs no copy, else ``x``.
+
+    On the host all libraries call the same kind of BLAS, and JAX would compile for every shape.
+    """
+    host = host_view(x)
+    return x if host is None else host
+
+
+def moved(tensor: Any, like: Array) -> Any:
+    """A factored tensor that was computed by :func:`on_host`, in the library of ``like``."""
+    xp = namespace(like)
+    if isinstance(like, np.ndarray) or not isinstance(tensor.arrays()[0], np.ndarray):
+        return tensor
+    return tensor.map(lambda a: xp.asarray(a, device=device(like), copy=True))
 
 
 class FactoredTensor(ABC):
@@ -35,6 +56,10 @@ class FactoredTensor(ABC):
         """The tensor itself."""
 
     @abstractmethod
+    def sample(self, indices: np.ndarray) -> Array:
+        """Entries at the positions in the rows of ``indices``, a host array of shape ``(M, N)``."""
+
+    @abstractmethod
     def inner(self, other: Any) -> Array:
         """Inner product ``sum(conj(self) * other)`` with a tensor of the same format."""
 
@@ -59,6 +84,17 @@ class FactoredTensor(ABC):
     @abstractmethod
     def to_tensorly(self) -> Any:
         """The same factors as a tensor of TensorLy."""
+
+    def map(self, function: Callable[[Array], Array]) -> Self:
+        """The same format with ``function``, such as a cast or a move, applied to every array."""
+        mapped = {}
+        for field in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
+            if is_array(value):
+                mapped[field.name] = function(value)
+            elif isinstance(value, tuple):
+                mapped[field.name] = tuple(map(function, value))
+        return replace(self, **mapped)  # pyright: ignore[reportArgumentType]
 
     @property
     def ndim(self) -> int:

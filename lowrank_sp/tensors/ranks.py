@@ -60,7 +60,7 @@ def check_truncation(rank: Rank | None, tol: float | None) -> None:
         raise ValueError(f"tol must be in (0, 1), got {tol}; it is relative to the norm")
 
 
-def tucker_rank(rank: Rank | None, shape: Sequence[int]) -> tuple[int, ...]:
+def tucker_rank(rank: Rank | None, shape: Sequence[int], *, copies: int = 1) -> tuple[int, ...]:
     """Multilinear rank for a tensor of ``shape``, one number a mode.
 
     Parameters
@@ -70,6 +70,8 @@ def tucker_rank(rank: Rank | None, shape: Sequence[int]) -> tuple[int, ...]:
         in (0, 1] gives ranks proportional to the sizes of which the Tucker form has that fraction
         of the number of entries. None is full rank.
     shape : sequence of int
+    copies : int
+        How many tensors of this shape share their factors; for a fraction.
 
     Examples
     --------
@@ -80,7 +82,7 @@ def tucker_rank(rank: Rank | None, shape: Sequence[int]) -> tuple[int, ...]:
     if rank is None:
         return shape
     if isinstance(rank, float):
-        size, squares = math.prod(shape), sum(n * n for n in shape)
+        size, squares = math.prod(shape), sum(n * n for n in shape) / copies
         share = _root(lambda c: size * (c ** len(shape) - _fraction(rank)) + squares * c)
         return tuple(max(1, round(n * share)) for n in shape)
     if not isinstance(rank, Sequence):
