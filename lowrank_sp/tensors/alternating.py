@@ -95,7 +95,7 @@ class Problem(NamedTuple):
         xp = namespace(*factors)
         rank = factors[0].shape[1]
         ones = xp.ones((rank,), dtype=factors[0].dtype, device=device(factors[0]))
-        weights, factors = CP(ones, factors).canonical()
+        weights, factors = CP(ones, tuple(factors)).canonical()
         return CP(weights * self.unit, factors, self.unit * distance(state))
 
 
@@ -133,10 +133,10 @@ def sweep(state: State, solve: Solve, ridge: float = 0.0, first: Array | None = 
         small = from_host(gram, rows)
         gradient = mttkrp - small @ rows
         step = solve(rows, gradient, gram)
-        fall += 2 * _real_inner(step, gradient) - _real_inner(step, small @ step)
+        fall += 2 * real_inner(step, gradient) - real_inner(step, small @ step)
         rows = rows + step
         grams[axis] = gram_of(rows)
-        product = _real_inner(rows, mttkrp)
+        product = real_inner(rows, mttkrp)
         return rows
 
     rows = state.source.sweep(state.rows, update, first)
@@ -154,7 +154,7 @@ def gram_of(rows: Array) -> np.ndarray:
     return gram.astype(np.result_type(gram, np.float64), copy=False)
 
 
-def _real_inner(a: Array, b: Array) -> float:
+def real_inner(a: Array, b: Array) -> float:
     xp = namespace(a, b)
     if is_complex(a.dtype):
         return float(xp.real(xp.sum(xp.conj(a) * b)))
@@ -166,7 +166,7 @@ def balanced(rows: Rows, grams: list[np.ndarray]) -> tuple[list[Array], list[np.
 
     Of all scalings of the terms this one has the smallest sum of squares.
     """
-    lengths = np.sqrt([np.diag(gram).real for gram in grams])
+    lengths = np.sqrt([np.real(np.diag(gram)) for gram in grams])
     alive = np.all(lengths > 0, axis=0)
     lengths = np.where(alive, lengths, 1.0)
     scales = np.exp(np.mean(np.log(lengths), axis=0)) / lengths

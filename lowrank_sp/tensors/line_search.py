@@ -7,14 +7,14 @@ tensor, the one with which the next sweep starts anyway, only with more columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import reduce
 
 import numpy as np
 
 from lowrank_sp._arrays import Array, eps, inner, namespace, to_host
-from lowrank_sp.tensors.alternating import State, gram_of
-from lowrank_sp.tensors.mttkrp import contracted, khatri_rao_rows
+from lowrank_sp.tensors.alternating import State, gram_of, real_inner
+from lowrank_sp.tensors.mttkrp import Rows, contracted, khatri_rao_rows
 
 
 def extrapolated(state: State, ridge: float = 0.0) -> tuple[State, Array, float]:
@@ -30,17 +30,17 @@ def extrapolated(state: State, ridge: float = 0.0) -> tuple[State, Array, float]
     # The polynomial in t of the Khatri-Rao product that the first product contracts.
     powers = [khatri_rao_rows([], like=rows[0])]
     for axis in gone:
-        powers = _times_line(powers, rows[axis], steps[axis], _outer)
+        powers = times_line(powers, rows[axis], steps[axis], _outer)
     xp, rank = namespace(rows[0]), rows[0].shape[0]
     stacked = source.product(xp.concat(powers, axis=0), last=kept.start == 0)
     partials = [stacked[k * rank : (k + 1) * rank, :] for k in range(len(powers))]
     values = partials
     for axis in reversed(kept):
-        values = _times_line(values, rows[axis], steps[axis], _along_last)
+        values = times_line(values, rows[axis], steps[axis], _along_last)
     products = np.real([to_host(xp.sum(v)) for v in values])
-    objective = _norm_polynomial(state, steps, ridge)
+    objective = _objective_norm(state, steps, ridge)
     objective[: len(products)] -= 2 * products
-    t = _lowest(objective)
+    t = lowest(objective)
     fall = objective[0] - np.polynomial.polynomial.polyval(t, objective)
     # Below this the polynomial is rounding.
     if not fall > 100 * eps(rows[0].dtype) * (source.norm**2 + abs(objective[0])):
@@ -51,7 +51,9 @@ def extrapolated(state: State, ridge: float = 0.0) -> tuple[State, Array, float]
     return state._replace(rows=moved, grams=grams, before=rows), first, float(fall)
 
 
-def _times_line(powers, rows, step, product):
+def times_line(
+    powers: list[Array], rows: Array, step: Array, product: Callable[[Array, Array], Array]
+) -> list[Array]:
     """Coefficients of a polynomial times ``rows + t step``."""
     constant = [product(p, rows) for p in powers]
     linear = [product(p, step) for p in powers]
@@ -67,24 +69,30 @@ def _along_last(partial: Array, rows: Array) -> Array:
     return contracted(partial, partial.shape[1] // rows.shape[1], rows, last=True)
 
 
-def _norm_polynomial(state: State, steps: Sequence[Array], ridge: float) -> np.ndarray:
+def _objective_norm(state: State, steps: Rows, ridge: float) -> np.ndarray:
     """Coefficients of ``||Y(t)||^2 + ridge sum_k ||F_k + t D_k||^2``."""
-    powers, penalty = [np.ones_like(state.grams[0])], np.zeros(3)
+    powers = [np.ones_like(state.grams[0])]
     for rows, gram, step in zip(state.rows, state.grams, steps, strict=True):
         cross = to_host(inner(rows.mT, step.mT))
         line = [gram, cross + cross.conj().T, gram_of(step)]
-        penalty += ridge * np.array([np.trace(part).real for part in line])
         product = [np.zeros_like(gram) for _ in range(len(powers) + 2)]
         for i, a in enumerate(powers):
             for j, b in enumerate(line):
                 product[i + j] = product[i + j] + a * b
         powers = product
     coefficients = np.array([np.sum(p).real for p in powers])
-    coefficients[:3] += penalty
+    coefficients[:3] += ridge * squares_along(state.rows, steps)
     return coefficients
 
 
-def _lowest(objective: np.ndarray) -> float:
+def squares_along(rows: Rows, steps: Rows) -> np.ndarray:
+    """Coefficients of ``sum_k ||F_k + t D_k||^2``."""
+    pairs = list(zip(rows, steps, strict=True))
+    linear = sum(2 * real_inner(row, step) for row, step in pairs)
+    return np.array([sum(real_inner(a, a) for a in rows), linear, sum(real_inner(d, d) for d in steps)])
+
+
+def lowest(objective: np.ndarray) -> float:
     """The ``t`` of least value among zero and the real stationary points."""
     polynomial = np.polynomial.polynomial
     slope = polynomial.polyder(objective)
