@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: Floors from the ground up; rooms on one floor do not import each other.
 FLOORS = [
-    ["_arrays", "_fused"],
+    ["_arrays", "_fused", "tasks"],
     ["operators", "gauge"],
     ["factors", "iterate"],
     ["linalg"],

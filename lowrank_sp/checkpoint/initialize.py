@@ -17,8 +17,8 @@ from lowrank_sp.adapters.initializers import INITIALIZERS, Initialization
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.output import atomic_directory
 from lowrank_sp.checkpoint.peft import AdapterLayer, pattern_value, write_adapter
-from lowrank_sp.checkpoint.tasks import Executor, run
 from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.tasks import Executor, run
 
 REPORT = "report.json"
 # Weights in other formats would contradict the residual base beside them.

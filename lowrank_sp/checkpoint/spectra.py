@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
-from lowrank_sp.checkpoint.tasks import Executor, run
 from lowrank_sp.checkpoint.tensors import CheckpointError
 from lowrank_sp.linalg.spectrum import effective_rank, energy_rank, gavish_donoho_rank, stable_rank
 from lowrank_sp.linalg.svd import singular_values
+from lowrank_sp.tasks import Executor, run
 
 
 @dataclass(frozen=True)

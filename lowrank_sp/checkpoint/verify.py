@@ -12,8 +12,8 @@ from lowrank_sp._arrays import frobenius, slices
 from lowrank_sp.checkpoint.initialize import REPORT, Report
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.peft import AdapterLayer, read_adapter
-from lowrank_sp.checkpoint.tasks import Executor, run
 from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.tasks import Executor, run
 
 # Unit roundoff of the storage of a residual, to nearest.
 _ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
