@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -83,7 +84,7 @@ class FactorOptimizer(torch.optim.Optimizer):
         compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
         self.rule = rule
-        self._move = _compiled(rule.step) if compile else rule.step
+        self._move: Callable[..., Any] = _compiled(rule.step) if compile else rule.step
         self._pairs: list[list[ParameterPair]] = []
         groups = _groups(pairs, "pairs")
         if not any(group["pairs"] for group in groups):
@@ -117,7 +118,7 @@ class FactorOptimizer(torch.optim.Optimizer):
             group = {**_ADAMW, **group, "params": rest, "rule": "AdamW"}
         else:
             factors = [factor for pair in pairs for factor in pair.factors]
-            group |= {"params": factors, "rule": type(self.rule).__name__}
+            group |= {"params": factors, "rule": _name(self.rule)}
         super().add_param_group({**group, "skipped": 0})
         self._pairs.append(pairs)
 
@@ -145,6 +146,21 @@ class FactorOptimizer(torch.optim.Optimizer):
             for batch in batches(pairs, self.state):
                 self._step_batch(batch, group["lr"])
         return loss
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put into the parameters what was trained: to be called before they are saved or tested.
+
+        Rules for flat minima ask for gradients beside the factors, and leave them there between two
+        steps; see :meth:`~lowrank_sp.updates.rule.Rule.settle`. Nothing changes under other rules.
+        """
+        for pair in chain.from_iterable(self._pairs):
+            if pair.up in self.state:
+                up, down = (factor.flatten(1) for factor in pair.factors)
+                for factor, x in zip(
+                    pair.factors, self.rule.settle(up, down, self.state[pair.up]), strict=True
+                ):
+                    factor.copy_(x.reshape(factor.shape))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, in the dtypes in which it was saved.
@@ -178,7 +194,8 @@ class FactorOptimizer(torch.optim.Optimizer):
         up, down = batch.factors()
         with replicating(up):
             state = batch.state() if batch.started else self.rule.init(up, down)
-            batch.put(*self._move(up, down, *grads, state, scale=batch.scale, lr=lr))
+            up, down, state = self._move(up, down, *grads, state, scale=batch.scale, lr=lr)
+            batch.put(up, down, state)
 
     def _step_others(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -210,11 +227,11 @@ def _compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
     def move(*arrays: Any, scale: float, lr: float) -> Any:
         # As tensors, so that one translation serves every schedule and scale.
-        numbers = {"scale": torch.tensor(scale), "lr": torch.tensor(lr)}
+        wide = partial(torch.tensor, dtype=torch.float64)
         with warnings.catch_warnings():
             # The look-up of array libraries is cached; a cache is no reason for concern.
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-            return compiled(*arrays, **numbers)
+            return compiled(*arrays, scale=wide(scale), lr=wide(lr))
 
     return move
 
@@ -237,8 +254,15 @@ def _check(pair: ParameterPair, rule: Rule, known: dict[nn.Parameter, ParameterP
         raise ValueError(_joint(rule, pair))
 
 
+def _name(rule: Rule) -> str:
+    """Name of a rule, with the one that it wraps."""
+    inner = getattr(rule, "rule", None)
+    name = type(rule).__name__
+    return name if inner is None else f"{name}({_name(inner)})"
+
+
 def _joint(rule: Rule, pair: ParameterPair) -> str:
     return (
-        f"{type(rule).__name__} moves both factors together, but one has no gradient in "
+        f"{_name(rule)} moves both factors together, but one has no gradient in "
         f"{pair.name}; freeze a factor under a rule such as ScaledGD or AdamW"
     )
