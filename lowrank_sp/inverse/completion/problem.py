@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank_sp._arrays import RNG, Array, device, frobenius, max_abs, namespace
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    adjoint,
+    device,
+    frobenius,
+    max_abs,
+    namespace,
+    standard_normal,
+)
 from lowrank_sp.factors import SVD, Factored, LowRank, check_rank
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.inverse.pattern import Identifiability, Pattern
@@ -17,6 +26,32 @@ from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.svd import randomized_svd
 
 Callback = Callable[[int, float, SVD], Any] | None
+
+# A residual this many times the data is that of a method that diverges.
+_DIVERGED = 2.0
+
+
+class Fit(NamedTuple):
+    """``left @ right``, and what it leaves of the entries."""
+
+    left: Array
+    right: Array
+    residual: Entries
+
+
+def fit(entries: Entries, left: Array, right: Array) -> Fit:
+    """The factors with their residual on ``entries``."""
+    return Fit(left, right, entries.with_values(entries.values - entries.sampled(left, right)))
+
+
+def relative_change(new: Fit, old: Fit, size: float) -> float:
+    """Change of the model on the entries, relative to data of norm ``size``.
+
+    Infinite where the residual says that the method diverges.
+    """
+    if not new.residual.norm() <= _DIVERGED * size:
+        return math.inf
+    return frobenius(new.residual.values - old.residual.values) / size
 
 
 @dataclass(frozen=True)
@@ -92,7 +127,8 @@ class Problem:
         """``init`` on the lines and in the scale of the problem; by default a spectral start.
 
         That is the leading part of the zero-filled matrix, divided by the sampling rate, without
-        lines of more than twice the mean number of entries :cite:p:`keshavan2010matrix`.
+        lines of more than twice the mean number of entries :cite:p:`keshavan2010matrix`. There are
+        ``rank`` triplets; some of them are zero if ``init`` has fewer.
         """
         if init is not None:
             return self._given(init)
@@ -119,7 +155,8 @@ class Problem:
         cols = xp.asarray(self.cols, device=device(left))
         left, right = xp.take(left, rows, axis=0), xp.take(right, cols, axis=1)
         found = LowRank(xp.astype(left, self.entries.dtype), xp.astype(right, self.entries.dtype))
-        return (found * (1 / self.scale)).svd(min(self.rank, init.rank))
+        f = (found * (1 / self.scale)).svd()
+        return f.truncate(self.rank) if f.rank >= self.rank else _padded(f, self.rank)
 
     def solve(
         self,
@@ -136,7 +173,7 @@ class Problem:
         answer fits the entries.
         """
         if frobenius(self.entries.values) == 0.0:
-            return Solution(self._zero(), True, "the entries are all zero", 0, ())
+            return Solution(self.restore(self.zero()), True, "the entries are all zero", 0, ())
         solution = iterate(
             step,
             state,
@@ -167,12 +204,26 @@ class Problem:
             vh = _expanded(vh.mT, self.cols, self.shape[1]).mT
         return SVD(u, f.s * self.scale, vh)
 
-    def _zero(self) -> SVD:
+    def zero(self) -> LowRank:
+        """The zero matrix, in the shape of the entries."""
         xp = namespace(self.entries.values)
         where = {"dtype": self.entries.dtype, "device": self.entries.device}
         m, n = self.entries.shape
         left = xp.zeros((m, self.rank), **where)
-        return self.restore(LowRank(left, xp.zeros((self.rank, n), **where)))
+        return LowRank(left, xp.zeros((self.rank, n), **where))
+
+
+def _padded(f: SVD, rank: int) -> SVD:
+    """``f`` with further triplets of singular value zero."""
+    xp = namespace(f.u)
+    sides = []
+    for u in (f.u, adjoint(f.vh)):
+        more = standard_normal((u.shape[0], rank - f.rank), like=u, rng=rank)
+        for _ in range(2):
+            more = xp.linalg.qr(more - u @ (adjoint(u) @ more))[0]
+        sides.append(xp.concat([u, more], axis=1))
+    zeros = xp.zeros(rank - f.rank, dtype=f.s.dtype, device=device(f.s))
+    return SVD(sides[0], xp.concat([f.s, zeros]), adjoint(sides[1]))
 
 
 def _expanded(u: Array, lines: np.ndarray, size: int) -> Array:
