@@ -96,14 +96,27 @@ def batches(pairs: Iterable[ParameterPair], states: States) -> Iterator[Batch]:
             yield Batch(same[start : start + portion], states)
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no entry of any tensor is NaN or infinite, by one sum over each."""
-    sums: dict[torch.device, list[Tensor]] = defaultdict(list)
+def all_finite(tensors: Sequence[Any]) -> bool:
+    """Whether no entry of any tensor is NaN or infinite, by one sum over each.
+
+    Ranks that share a sharded tensor agree, after one exchange of the sums.
+    """
+    sums: dict[Any, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
+        local = tensor.to_local() if _sharded(tensor) else tensor
         # Half precision would overflow in the sum of finite entries.
-        total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-        sums[tensor.device].append(_local(total))
-    return all(bool(torch.stack(totals).isfinite().all()) for totals in sums.values())
+        total = local.sum(dtype=torch.promote_types(local.dtype, torch.float32))
+        sums[tensor.device_mesh if _sharded(tensor) else tensor.device].append(total)
+    totals = [_over_ranks(place, torch.stack(found)) for place, found in sums.items()]
+    return all(bool(total.isfinite().all()) for total in totals)
+
+
+def _over_ranks(place: Any, totals: Tensor) -> Tensor:
+    if isinstance(place, torch.device):
+        return totals
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(totals, place, [Partial()] * place.ndim).full_tensor()
 
 
 def replicating(x: Tensor) -> AbstractContextManager[None]:
@@ -142,10 +155,6 @@ def _whole(x: Any) -> Tensor:
 
     whole = [Replicate() if place.is_partial() else place for place in x.placements]
     return x.redistribute(placements=whole)
-
-
-def _local(x: Any) -> Tensor:
-    return x.full_tensor() if _sharded(x) else x
 
 
 def _sharded(x: Any) -> bool:

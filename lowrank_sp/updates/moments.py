@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowrank_sp._arrays import Array, is_complex, namespace, real_dtype
+from lowrank_sp._arrays import Array, is_complex, namespace
 from lowrank_sp.updates.rule import Pair, State, counter, over
 
 
@@ -70,17 +70,17 @@ class Adam(Moments):
     eps: float = 1e-8
 
     def init(self, x: Array) -> State:
-        xp = namespace(x)
-        zeros = xp.zeros_like(x)
-        return {"mean": zeros, "square": xp.astype(zeros, real_dtype(xp, x.dtype))}
+        zeros = namespace(x).zeros_like(x)
+        return {"mean": zeros, "square": abs(zeros)}
 
     def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:
         xp = namespace(grad)
         first, second = self.betas
-        mean = (1 - first) * grad
-        mean += first * state["mean"]
-        square = (1 - second) * squared(grad)
-        square += second * state["square"]
+        # In place on what comes from the state, whose layout over devices is that of the factor.
+        mean = first * state["mean"]
+        mean += (1 - first) * grad
+        square = second * state["square"]
+        square += (1 - second) * squared(grad)
         count = over(xp.astype(step, square.dtype))
         # mean / c / (sqrt(square / d) + eps), with one division by an array
         seen = (1 - second**count) ** 0.5

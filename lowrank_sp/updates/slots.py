@@ -63,7 +63,5 @@ class SlotRule(Rule):
 
 def descend(x: Array, direction: Array, lr: Scalar, decay: float) -> Array:
     """``(1 - lr decay) x - lr direction``."""
-    # On arrays of its own, so that no pass over memory is wasted on fresh ones.
-    moved = -lr * direction
-    moved += x if decay == 0 else (1 - lr * decay) * x
-    return moved
+    moved = x if decay == 0 else (1 - lr * decay) * x
+    return moved - lr * direction
