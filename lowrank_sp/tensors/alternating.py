@@ -12,7 +12,6 @@ import numpy as np
 
 from lowrank_sp._arrays import (
     Array,
-    device,
     eps,
     from_host,
     host_view,
@@ -76,27 +75,26 @@ class Problem(NamedTuple):
     def rows(self, factors: Sequence[Array]) -> list[Array]:
         """Rows on the axes of ``source`` from factors ``(n_k, R)`` that carry the weights."""
         scale = self.unit ** (-1 / len(factors))
-        on_host = isinstance(self.source, Dense) and isinstance(self.source.matrix, np.ndarray)
-        rows = []
+        rows, like = [], self.source.like
         for mode in self.source.modes:
-            r = factors[mode].mT * scale
-            if on_host:
-                r = np.ascontiguousarray(to_host(r), dtype=self.source.dtype)
-            rows.append(r)
+            r = moved(factors[mode].mT * scale, like)
+            rows.append(np.ascontiguousarray(r) if isinstance(r, np.ndarray) else r)
         return rows
 
     def answer(self, state: State) -> CP:
         """The CP tensor of a state in canonical gauge, with its error."""
         factors: list[Any] = [None] * len(state.rows)
         for axis, mode in enumerate(self.source.modes):
-            rows = state.rows[axis]
-            moved = from_host(rows, self.like) if isinstance(rows, np.ndarray) else rows
-            factors[mode] = moved.mT
-        xp = namespace(*factors)
-        rank = factors[0].shape[1]
-        ones = xp.ones((rank,), dtype=factors[0].dtype, device=device(factors[0]))
-        weights, factors = CP(ones, tuple(factors)).canonical()
-        return CP(weights * self.unit, factors, self.unit * distance(state))
+            factors[mode] = moved(state.rows[axis], self.like).mT
+        cp = CP.of_factors(factors).canonical()
+        return CP(cp.weights * self.unit, cp.factors, self.unit * distance(state))
+
+
+def moved(a: Array, like: Array) -> Array:
+    """``a`` in the library of ``like``, if one of the two is an array of NumPy."""
+    if isinstance(like, np.ndarray):
+        return to_host(a).astype(like.dtype, copy=False)
+    return from_host(a, like) if isinstance(a, np.ndarray) else a
 
 
 def distance(state: State) -> float:
@@ -154,7 +152,28 @@ def gram_of(rows: Array) -> np.ndarray:
     return gram.astype(np.result_type(gram, np.float64), copy=False)
 
 
+def inverse(gram: np.ndarray, floor: float) -> np.ndarray:
+    """Pseudo-inverse of a Gram matrix of columns, after scaling them to unit length.
+
+    Eigenvalues up to ``floor`` times the largest are noise.
+    """
+    lengths = np.sqrt(np.real(np.diag(gram)))
+    lengths = np.where(lengths > 0, lengths, 1.0)
+    scale = np.outer(lengths, lengths)
+    unit = gram / scale
+    try:
+        lower = np.linalg.inv(np.linalg.cholesky(unit))
+        if np.max(np.abs(lower)) ** 2 * floor < 1:
+            return lower.conj().T @ lower / scale
+    except np.linalg.LinAlgError:
+        pass
+    values, vectors = np.linalg.eigh(unit)
+    keep = values > floor * values[-1]
+    return (vectors[:, keep] / values[keep]) @ vectors[:, keep].conj().T / scale
+
+
 def real_inner(a: Array, b: Array) -> float:
+    """``Re sum(conj(a) b)``."""
     xp = namespace(a, b)
     if is_complex(a.dtype):
         return float(xp.real(xp.sum(xp.conj(a) * b)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -40,7 +40,7 @@ class CP(FactoredTensor):
     >>> t = CP(np.ones(1), [np.ones((2, 1)), np.ones((3, 1)), np.ones((4, 1))])
     >>> t, t.to_dense().sum()
     (CP(2 x 3 x 4, rank 1, float64), np.float64(24.0))
-    >>> (t - 2 * t).norm() == 24**0.5
+    >>> bool(abs((t - 2 * t).norm() - 24**0.5) < 1e-14)
     True
     >>> weights, factors = t.canonical()
     """
@@ -61,13 +61,15 @@ class CP(FactoredTensor):
         namespace(self.weights, *self.factors)
 
     @classmethod
+    def of_factors(cls, factors: Sequence[Array]) -> CP:
+        """The tensor of factors that carry the weights."""
+        return cls(namespace(*factors).ones_like(factors[0][0, :]), tuple(factors))
+
+    @classmethod
     def from_tensorly(cls, tensor: Any) -> CP:
         """From ``(weights, factors)``, as TensorLy has them; the weights may be None."""
         weights, factors = tensor
-        if weights is None:
-            xp = namespace(*factors)
-            weights = xp.ones_like(factors[0][0, :])
-        return cls(weights, tuple(factors))
+        return cls.of_factors(factors) if weights is None else cls(weights, tuple(factors))
 
     def to_tensorly(self) -> Any:
         from tensorly.cp_tensor import CPTensor

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, eps, from_host
 from lowrank_sp.iterate import Solution, Stop, iterate
-from lowrank_sp.tensors.alternating import Problem, State, started, sweep, with_degeneracy
+from lowrank_sp.tensors.alternating import Problem, State, inverse, started, sweep, with_degeneracy
 from lowrank_sp.tensors.cp import CP
 from lowrank_sp.tensors.cp_start import (
     Core,
@@ -145,7 +145,7 @@ def decompose(
         stage = _Stage(core.started(rows), core)
     else:
         stage = _Stage(started(source, rows), None)
-    tol, last = stop.resolve(source.dtype), stop.max_iter - _POLISH
+    tol, last = stop.resolve(source.like.dtype), stop.max_iter - _POLISH
 
     def advance(stage: _Stage) -> tuple[_Stage, float]:
         state, change = step(stage.state)
@@ -161,7 +161,7 @@ def decompose(
         return problem.answer(state if core is None else core.lifted(state, source))
 
     solution = iterate(
-        advance, stage, stop=stop, dtype=source.dtype, callback=callback, value=value
+        advance, stage, stop=stop, dtype=source.like.dtype, callback=callback, value=value
     )
     return with_degeneracy(solution)
 
@@ -207,23 +207,3 @@ def least_squares_step(
         return following._replace(fall=fall, slow=slow), math.sqrt(max(0.0, fall)) / (norm or 1.0)
 
     return step
-
-
-def inverse(gram: np.ndarray, floor: float) -> np.ndarray:
-    """Pseudo-inverse of a Gram matrix of columns, after scaling them to unit length.
-
-    Eigenvalues up to ``floor`` times the largest are noise.
-    """
-    lengths = np.sqrt(np.real(np.diag(gram)))
-    lengths = np.where(lengths > 0, lengths, 1.0)
-    scale = np.outer(lengths, lengths)
-    unit = gram / scale
-    try:
-        lower = np.linalg.inv(np.linalg.cholesky(unit))
-        if np.max(np.abs(lower)) ** 2 * floor < 1:
-            return lower.conj().T @ lower / scale
-    except np.linalg.LinAlgError:
-        pass
-    values, vectors = np.linalg.eigh(unit)
-    keep = values > floor * values[-1]
-    return (vectors[:, keep] / values[keep]) @ vectors[:, keep].conj().T / scale

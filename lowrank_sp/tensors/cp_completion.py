@@ -22,7 +22,7 @@ from lowrank_sp._arrays import (
     to_host,
 )
 from lowrank_sp.iterate import Solution, Stop, iterate
-from lowrank_sp.tensors.alternating import balanced, gram_of, with_degeneracy
+from lowrank_sp.tensors.alternating import balanced, gram_of, moved, with_degeneracy
 from lowrank_sp.tensors.cp import CP
 from lowrank_sp.tensors.cp_start import given_factors, random_factors
 from lowrank_sp.tensors.entries import TensorEntries
@@ -47,7 +47,7 @@ def cp_completion(
     rank: int | float,
     init: CP | None = None,
     rng: RNG = None,
-    stop: Stop = Stop(),  # noqa: B008
+    stop: Stop = Stop(),
     callback: Callable[[int, float, CP], Any] | None = None,
     regularization: float = 0.0,
     line_search: bool = True,
@@ -120,13 +120,13 @@ def cp_completion(
         if line_search and state.before is not None:
             factors = _extrapolated(data, state, ridge)
         factors = _sweep(data, factors, ridge)
-        fitted = _as_cp(factors).sample(data.indices)
+        fitted = CP.of_factors(factors).sample(data.indices)
         change = frobenius(fitted - state.fitted) / norm if norm else 0.0
         return _State(factors, state.factors, fitted), change
 
     def value(state: _State) -> CP:
-        moved = [_moved(f, like) for f in state.factors]
-        weights, factors = _as_cp(moved).canonical()
+        factors = [moved(f, like) for f in state.factors]
+        weights, factors = CP.of_factors(factors).canonical()
         return CP(weights * unit, factors)
 
     solution = iterate(
@@ -147,12 +147,12 @@ def _start(
         factors = random_factors(data.values, data.shape, rank, rng)
     else:
         given = given_factors(init, data.shape, rank)
-        factors = [_moved(f, data.values) * unit ** (-1 / data.ndim) for f in given]
+        factors = [moved(f, data.values) * unit ** (-1 / data.ndim) for f in given]
     for mode, lines in data.unobserved():
         kept = np.ones((data.shape[mode], 1))
         kept[lines] = 0.0
         factors[mode] = factors[mode] * from_host(kept, factors[mode])
-    fitted = _as_cp(factors).sample(data.indices)
+    fitted = CP.of_factors(factors).sample(data.indices)
     size = frobenius(fitted)
     if init is None and size > 0:
         factors = [f * (norm / size) ** (1 / data.ndim) for f in factors]
@@ -163,7 +163,7 @@ def _start(
 def _sweep(data: TensorEntries, factors: Sequence[Array], ridge: float) -> list[Array]:
     factors = list(factors)
     for mode in range(data.ndim):
-        cp = _as_cp(factors)
+        cp = CP.of_factors(factors)
 
         def design(chosen: np.ndarray, cp: CP = cp, mode: int = mode) -> Array:
             return cp.contracted(data.indices[chosen], mode)
@@ -186,7 +186,7 @@ def _extrapolated(data: TensorEntries, state: _State, ridge: float) -> list[Arra
             powers = times_line(powers, rows, step, lambda a, b: a * b)
         fitted = [-xp.sum(p, axis=1) for p in powers]
         columns = xp.stack([data.values[part] + fitted[0], *fitted[1:]], axis=1)
-        gram = gram + to_host(inner(columns, columns)).real
+        gram = gram + np.real(to_host(inner(columns, columns)))
     objective = [np.trace(np.fliplr(gram), k) for k in range(data.ndim, -data.ndim - 1, -1)]
     objective = np.array(objective)
     objective[:3] += ridge * squares_along(state.factors, steps)
@@ -195,17 +195,6 @@ def _extrapolated(data: TensorEntries, state: _State, ridge: float) -> list[Arra
     if not fall > 100 * eps(data.values.dtype) * objective[0]:
         return state.factors
     return [f + t * step for f, step in zip(state.factors, steps, strict=True)]
-
-
-def _as_cp(factors: Sequence[Array]) -> CP:
-    xp = namespace(*factors)
-    return CP(xp.ones_like(factors[0][0, :]), tuple(factors))
-
-
-def _moved(factor: Array, like: Array) -> Array:
-    if isinstance(like, np.ndarray):
-        return to_host(factor).astype(like.dtype, copy=False)
-    return from_host(factor, like) if isinstance(factor, np.ndarray) else factor
 
 
 def _with_gaps(solution: Solution, data: TensorEntries) -> Solution:

@@ -22,7 +22,7 @@ def cp_hals(
     rank: int | float,
     init: CP | None = None,
     rng: RNG = None,
-    stop: Stop = Stop(),  # noqa: B008
+    stop: Stop = Stop(),
     callback: Callable[[int, float, CP], Any] | None = None,
     passes: int = 3,
 ) -> Solution:
@@ -81,7 +81,7 @@ def cp_hals(
     """
     problem = Problem.of(x)
     source, shape = problem.source, tuple(x.shape)
-    if is_complex(source.dtype):
+    if is_complex(source.like.dtype):
         raise TypeError(f"x must be real, got {x.dtype}; non-negative factors have no phases")
     if passes < 1:
         raise ValueError(f"passes must be at least 1, got {passes}")
@@ -105,7 +105,7 @@ def cp_hals(
         step,
         start,
         stop=stop,
-        dtype=source.dtype,
+        dtype=source.like.dtype,
         callback=callback,
         value=problem.answer,
     )

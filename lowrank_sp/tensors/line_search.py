@@ -37,7 +37,7 @@ def extrapolated(state: State, ridge: float = 0.0) -> tuple[State, Array, float]
     values = partials
     for axis in reversed(kept):
         values = times_line(values, rows[axis], steps[axis], _along_last)
-    products = np.real([to_host(xp.sum(v)) for v in values])
+    products = np.array([complex(xp.sum(v)).real for v in values])
     objective = _objective_norm(state, steps, ridge)
     objective[: len(products)] -= 2 * products
     t = lowest(objective)
@@ -88,8 +88,11 @@ def _objective_norm(state: State, steps: Rows, ridge: float) -> np.ndarray:
 def squares_along(rows: Rows, steps: Rows) -> np.ndarray:
     """Coefficients of ``sum_k ||F_k + t D_k||^2``."""
     pairs = list(zip(rows, steps, strict=True))
-    linear = sum(2 * real_inner(row, step) for row, step in pairs)
-    return np.array([sum(real_inner(a, a) for a in rows), linear, sum(real_inner(d, d) for d in steps)])
+    constant, linear, square = (
+        sum(factor * real_inner(pair[i], pair[j]) for pair in pairs)
+        for factor, i, j in ((1, 0, 0), (2, 0, 1), (1, 1, 1))
+    )
+    return np.array([constant, linear, square])
 
 
 def lowest(objective: np.ndarray) -> float:

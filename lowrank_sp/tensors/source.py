@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -64,8 +63,8 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def dtype(self) -> Any:
-        """Dtype of the tensor."""
+    def like(self) -> Array:
+        """An array of the library, dtype and device of the products."""
 
     def sweep(self, rows: Rows, update: Update, first: Array | None = None) -> list[Array]:
         """Give every axis its MTTKRP and new rows in turn, in two reads of the tensor.
@@ -130,8 +129,8 @@ class Dense(Source):
         return cls(matrix, tuple(x.shape), modes, split, norm)
 
     @property
-    def dtype(self) -> Any:
-        return self.matrix.dtype
+    def like(self) -> Array:
+        return self.matrix
 
     @property
     def tensor(self) -> Array:
@@ -170,8 +169,8 @@ class FactoredStack(Source):
         return cls(stack, stack.shape, (0, 1, 2), 2, frobenius(stack.norm()[:, None]))
 
     @property
-    def dtype(self) -> Any:
-        return self.stack.dtype
+    def like(self) -> Array:
+        return self.stack.left
 
     def product(self, rows: Array, *, last: bool) -> Array:
         xp = namespace(rows)
@@ -184,9 +183,12 @@ class FactoredStack(Source):
 
     def distance(self, rows: Rows) -> float:
         weights, left, right = rows
-        scaled = left.mT[None, :, :] * weights.mT[:, None, :]
-        xp = namespace(scaled)
-        model = LowRank(scaled, xp.broadcast_to(right, (weights.shape[1], *right.shape)))
+        return self.distance_to(left.mT[None, :, :] * weights.mT[:, None, :], right)
+
+    def distance_to(self, left: Array, right: Array) -> float:
+        """Frobenius norm of this stack minus ``left[l] @ right``."""
+        xp = namespace(left, right)
+        model = LowRank(left, xp.broadcast_to(right, (left.shape[0], *right.shape)))
         return frobenius((self.stack - model).norm()[:, None])
 
     def core(self, sizes: Sequence[int]) -> tuple[Array, tuple[Array, ...]]:
