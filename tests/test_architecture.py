@@ -44,6 +44,7 @@ HEAVY = {
 #: What a room may load when it is imported.
 ALLOWED = {"cli": {"typer", "rich"}, "torch": {"torch"}, "_fused": {"numba"}}
 ALLOWED["lowrank_sp.inverse._compiled"] = {"numba"}
+ALLOWED["estimators"] = {"sklearn"}
 
 
 def module_name(path):

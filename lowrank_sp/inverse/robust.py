@@ -39,7 +39,7 @@ def alternating_projections(
     stop: Stop = Stop(),
     callback: Callback | None = None,
     threshold: float | None = None,
-    decay: float = 0.7,
+    decay: float = 0.8,
     noise: float = 0.0,
 ) -> Solution:
     r"""Accelerated alternating projections on low-rank and on sparse matrices.
