@@ -3,6 +3,7 @@
 from lowrank_sp.updates.alternating import AltLoRA as AltLoRA
 from lowrank_sp.updates.alternating import AltLoRAPlus as AltLoRAPlus
 from lowrank_sp.updates.alternating import FrozenDown as FrozenDown
+from lowrank_sp.updates.balancing import BAR as BAR
 from lowrank_sp.updates.balancing import NBAR as NBAR
 from lowrank_sp.updates.balancing import OBAR as OBAR
 from lowrank_sp.updates.balancing import BaLoRA as BaLoRA

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lowrank_sp._arrays import Array, adjoint, eps, is_complex, namespace, real_dtype
-from lowrank_sp.updates.frames import frame, frames, solve_left, solve_right
+from lowrank_sp._arrays import Array, adjoint, eps, is_complex, namespace
+from lowrank_sp.updates.frames import frame, left_times, times
 from lowrank_sp.updates.moments import Adam, Moments, Plain, init_pair, turn_pair
 from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter
 from lowrank_sp.updates.slots import descend
@@ -68,18 +68,20 @@ class RiemannianGD(Rule):
             direction = Tangent(
                 *(self.momentum * m + g for m, g in zip(kept, direction, strict=True))
             )
-            state = _ambient(at, direction)
+            left, right = _ambient(at, direction)
+            state = {"left": left, "right": right}
         # The adapter is scale up down: a step of lr there is one of lr / scale in the product.
         step = Tangent(*(lr / scale * part for part in direction))
         return retract(at, step, 1 - lr * self.weight_decay), state
 
 
-def _ambient(at: Point, x: Tangent) -> State:
+def _ambient(at: Point, x: Tangent) -> tuple[Array, Array]:
+    """Factors ``(..., m, 2 r)`` and ``(..., 2 r, n)`` of a tangent vector as a matrix."""
     xp = namespace(x.core)
-    return {
-        "left": xp.concat([at.q_up @ x.core + x.left, at.q_up], axis=-1),
-        "right": xp.concat([adjoint(at.q_down), x.right], axis=-2),
-    }
+    return (
+        xp.concat([at.q_up @ x.core + x.left, at.q_up], axis=-1),
+        xp.concat([adjoint(at.q_down), x.right], axis=-2),
+    )
 
 
 @dataclass(frozen=True)
@@ -134,33 +136,36 @@ class LoRAPro(Rule):
         self, factors: Pair, grads: Pair, state: State, *, scale: Scalar, lr: Scalar
     ) -> tuple[Pair, State]:
         step = state["step"] + 1
+        at = point(factors)
+        direction = project_gradient(at, grads, scale)
         if not isinstance(self.moments, Plain):
-            at = point(factors)
-            full = _dense(at, project_gradient(at, grads, scale))
+            left, right = _ambient(at, direction)
             kept = {name: x for name, x in state.items() if name != "step"}
-            full, state = self.moments.turn(full, kept, step)
-            grads = Pair(
-                scale * (full @ adjoint(factors.down)), scale * (adjoint(factors.up) @ full)
-            )
-        h = self._split(factors, grads, scale)
+            full, state = self.moments.turn(left @ right, kept, step)
+            direction = project(at, full @ at.q_down, adjoint(at.q_up) @ full)
+        h = self._split(factors, at, direction, scale)
         new = Pair(
             descend(factors.up, h.up, lr, self.weight_decay),
             descend(factors.down, h.down, lr, self.weight_decay),
         )
         return new, {**state, "step": step}
 
-    def _split(self, factors: Pair, grads: Pair, scale: Scalar) -> Pair:
-        up, down = factors
-        of_up, of_down = frames(factors)
-        whole_up = solve_right(grads.up, of_down, 1 / scale**2)
-        whole_down = solve_left(of_up, grads.down, 1 / scale**2)
-        # up @ shared and shared @ down are what P_B G P_A is made by on either side
-        shared = solve_left(of_up, adjoint(up) @ whole_up)
+    def _split(self, factors: Pair, at: Point, direction: Tangent, scale: Scalar) -> Pair:
+        core, left, right = direction
+        part = core if self.sylvester else core / 2
+        up = times(at.q_up @ part + left, adjoint(at.of_down.inverse / scale))
+        down = left_times(at.of_up.inverse / scale, part @ adjoint(at.q_down) + right)
         if not self.sylvester:
-            return Pair(whole_up - up @ (shared / 2), whole_down - (shared / 2) @ down)
-        n_up, n_down = adjoint(of_up.root) @ of_up.root, adjoint(of_down.root) @ of_down.root
-        x = sylvester(n_up, n_down, -(whole_down @ adjoint(down)))
-        return Pair(whole_up - up @ (shared + x), whole_down + x @ down)
+            return Pair(up, down)
+        # Both steps have the common part in full: up @ shared is to be taken off.
+        of_down = adjoint(at.of_down.inverse)
+        shared = left_times(at.of_up.inverse / scale, times(core, of_down))
+        n_up = adjoint(at.of_up.root) @ at.of_up.root
+        n_down = adjoint(at.of_down.root) @ at.of_down.root
+        choice = sylvester(n_up, n_down, -(down @ adjoint(factors.down)))
+        return Pair(
+            up - times(factors.up, shared + choice), down + left_times(choice, factors.down)
+        )
 
 
 def sylvester(p: Array, q: Array, c: Array) -> Array:
@@ -178,11 +183,6 @@ def sylvester(p: Array, q: Array, c: Array) -> Array:
     inside = inside / xp.where(safe, sums, xp.ones_like(sums))
     inside = xp.where(safe, inside, xp.zeros_like(inside))
     return xp.astype(u @ inside @ adjoint(v), c.dtype)
-
-
-def _dense(at: Point, x: Tangent) -> Array:
-    state = _ambient(at, x)
-    return state["left"] @ state["right"]
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,7 @@ class AdaPreLoRA(Rule):
         return Gauge.GENERAL if self.moments.linear else Gauge.NONE
 
     def _init(self, factors: Pair) -> State:
-        xp = namespace(factors.up)
-        real = real_dtype(xp, factors.up.dtype)
-        rows = xp.astype(xp.zeros_like(factors.up[..., :, 0]), real)
-        columns = xp.astype(xp.zeros_like(factors.down[..., 0, :]), real)
+        rows, columns = abs(0 * factors.up[..., :, 0]), abs(0 * factors.down[..., 0, :])
         return {"rows": rows, "columns": columns, **init_pair(self.moments, factors)}
 
     def _update(
@@ -288,13 +285,14 @@ def _row_products(x: Array, y: Array) -> Array:
 
 def _weighted_split(factors: Pair, grads: Pair, left: Array, right: Array, scale: Scalar) -> Pair:
     """The minimizers for the metric ``left (x) right``, given as positive vectors."""
-    up, down = factors
-    of_up = frame(up * left[..., :, None] ** 0.5)
-    of_down = frame(adjoint(down) * right[..., :, None] ** 0.5)
-    whole_up = solve_right(grads.up, of_down, 1 / scale**2)
-    whole_down = solve_left(of_up, grads.down, 1 / scale**2)
-    shared = solve_left(of_up, adjoint(up) @ whole_up) / 2
+    left, right = left[..., :, None] ** 0.5, right[..., :, None] ** 0.5
+    up, down = factors.up * left, adjoint(factors.down) * right
+    of_up, of_down = frame(up), frame(down)
+    q_up, q_down = times(up, of_up.inverse), times(down, of_down.inverse)
+    g_down = times(grads.up, of_down.inverse / scale**2)
+    up_g = left_times(adjoint(of_up.inverse / scale**2), grads.down)
+    half = adjoint(q_up) @ (g_down / left) / 2
     return Pair(
-        whole_up / left[..., :, None] - up @ shared,
-        whole_down / right[..., None, :] - shared @ down,
+        times((g_down / left - q_up @ half) / left, adjoint(of_down.inverse)),
+        left_times(of_up.inverse, (up_g / right.mT - half @ adjoint(q_down)) / right.mT),
     )
