@@ -1,8 +1,8 @@
 """Compiled kernels of sparse observations on host arrays (needs numba).
 
-Every kernel treats the lines ``first..last`` of a matrix in compressed rows on its own, so lines
-are shared among threads and the result does not depend on how many there are. Fused loops keep the
-residual of a line in cache; docs/benchmarks.md has the measurements.
+Every kernel treats a range of lines of a matrix in compressed rows on its own, so that ranges are
+shared among threads. Entries of a line are gathered panel by panel into a buffer that stays in
+cache; docs/benchmarks.md has the measurements.
 """
 # pyright: basic, reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
 
@@ -20,6 +20,8 @@ from lowrank_sp._arrays import eps
 
 # Multiplications below which threads do not pay.
 _SERIAL = 2**21
+# Entries of a line that are gathered at a time: with 16 factors they fit in the L1 cache.
+PANEL = 256
 # Sums may be reordered, so that they become vector code; NaN stays NaN.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -53,51 +55,71 @@ def _product(first, last, starts, cols, values, x, out):
 
 
 @_jit
-def _adjoint_product(first, last, starts, rows, order, values, x, out):
+def _adjoint_product(first, last, starts, cols, values, x, out):
     k = x.shape[1]
     for i in range(first, last):
-        for c in range(k):
-            out[i, c] = 0
         for e in range(starts[i], starts[i + 1]):
-            v, j = np.conj(values[order[e]]), rows[e]
+            v, j = np.conj(values[e]), cols[e]
             for c in range(k):
-                out[i, c] += v * x[j, c]
+                out[j, c] += v * x[i, c]
 
 
 @_jit
-def _gram(start, stop, cols, right, gram):
-    """Upper triangle of ``gram += sum_e conj(x_e) x_e^T``, four entries to a pass."""
-    r = right.shape[1]
-    e = start
-    while e + 4 <= stop:
-        j0, j1, j2, j3 = cols[e], cols[e + 1], cols[e + 2], cols[e + 3]
-        for a in range(r):
-            x0, x1 = np.conj(right[j0, a]), np.conj(right[j1, a])
-            x2, x3 = np.conj(right[j2, a]), np.conj(right[j3, a])
-            for b in range(a // 4 * 4, r):
-                gram[a, b] += (
-                    x0 * right[j0, b] + x1 * right[j1, b] + x2 * right[j2, b] + x3 * right[j3, b]
-                )
-        e += 4
-    while e < stop:
+def _gather(start, stop, cols, right, x):
+    """``x[k, e]`` from ``right[cols[e], k]``: contiguous along the entries, for vector code."""
+    for e in range(start, stop):
         j = cols[e]
-        for a in range(r):
-            x = np.conj(right[j, a])
-            for b in range(a // 4 * 4, r):
-                gram[a, b] += x * right[j, b]
-        e += 1
+        for k in range(right.shape[1]):
+            x[k, e - start] = right[j, k]
+
+
+@_jit
+def _gram(x, count, gram):
+    """Blocks on and above the diagonal of ``gram += conj(x) x^T``, two by four at a time."""
+    r = len(gram)
+    for a in range(0, r, 2):
+        for b in range(a // 4 * 4, r, 4):
+            s00, s01, s02, s03 = gram[a, b], gram[a, b + 1], gram[a, b + 2], gram[a, b + 3]
+            s10, s11 = gram[a + 1, b], gram[a + 1, b + 1]
+            s12, s13 = gram[a + 1, b + 2], gram[a + 1, b + 3]
+            for e in range(count):
+                x0, x1 = np.conj(x[a, e]), np.conj(x[a + 1, e])
+                y0, y1, y2, y3 = x[b, e], x[b + 1, e], x[b + 2, e], x[b + 3, e]
+                s00 += x0 * y0
+                s01 += x0 * y1
+                s02 += x0 * y2
+                s03 += x0 * y3
+                s10 += x1 * y0
+                s11 += x1 * y1
+                s12 += x1 * y2
+                s13 += x1 * y3
+            gram[a, b], gram[a, b + 1], gram[a, b + 2], gram[a, b + 3] = s00, s01, s02, s03
+            gram[a + 1, b], gram[a + 1, b + 1] = s10, s11
+            gram[a + 1, b + 2], gram[a + 1, b + 3] = s12, s13
 
 
 @_jit
 def _grams(first, last, starts, cols, right, out):
     r = right.shape[1]
+    x, gram = _workspace(right)
     for i in range(first, last):
-        gram = out[i]
         gram[:] = 0
-        _gram(starts[i], starts[i + 1], cols, right, gram)
+        for start in range(starts[i], starts[i + 1], PANEL):
+            stop = min(start + PANEL, starts[i + 1])
+            _gather(start, stop, cols, right, x)
+            _gram(x, stop - start, gram)
         for a in range(r):
-            for b in range(a):
-                gram[a, b] = np.conj(gram[b, a])
+            for b in range(a, r):
+                out[i, a, b] = gram[a, b]
+                out[i, b, a] = np.conj(gram[a, b])
+
+
+@_jit
+def _workspace(right):
+    """Buffers for a panel of entries and its Gram matrix, with rows of zeros up to fours."""
+    rows = (right.shape[1] + 3) // 4 * 4
+    # Eight more than a power of two, lest the rows of ``x`` share sets of the cache.
+    return np.zeros((rows, PANEL + 8), right.dtype), np.zeros((rows, rows), right.dtype)
 
 
 @_jit
@@ -125,19 +147,29 @@ def _solve(gram, x):
 @_jit
 def _least_squares(first, last, starts, cols, values, left, right, ridge, jitter, tiny, out, sums):
     r = right.shape[1]
-    gram, step = np.empty((r, r), right.dtype), np.empty(r, right.dtype)
+    x, gram = _workspace(right)
+    step, residual = np.empty(r, right.dtype), np.empty(PANEL, right.dtype)
     for i in range(first, last):
         gram[:], step[:] = 0, 0
         squares = 0.0
-        for e in range(starts[i], starts[i + 1]):
-            j = cols[e]
-            residual = values[e]
+        for start in range(starts[i], starts[i + 1], PANEL):
+            stop = min(start + PANEL, starts[i + 1])
+            count = stop - start
+            _gather(start, stop, cols, right, x)
+            for e in range(count):
+                residual[e] = values[start + e]
             for k in range(r):
-                residual -= left[i, k] * right[j, k]
-            squares += residual.real * residual.real + residual.imag * residual.imag
+                factor = left[i, k]
+                for e in range(count):
+                    residual[e] -= factor * x[k, e]
+            for e in range(count):
+                squares += residual[e].real * residual[e].real + residual[e].imag * residual[e].imag
             for k in range(r):
-                step[k] += np.conj(right[j, k]) * residual
-        _gram(starts[i], starts[i + 1], cols, right, gram)
+                total = step[k]
+                for e in range(count):
+                    total += np.conj(x[k, e]) * residual[e]
+                step[k] = total
+            _gram(x, count, gram)
         trace = 0.0
         for k in range(r):
             trace += gram[k, k].real
@@ -172,10 +204,11 @@ class Compiled:
 
     def rmatmul(self, values: np.ndarray, x: np.ndarray) -> np.ndarray:
         p, values, x = self.pattern, _plain(values), _plain(x)
-        out = np.empty((p.shape[1], x.shape[1]), x.dtype)
-        rows, order = p.mT.cols, p.column_order
-        _by_lines(_adjoint_product, p.column_starts, x.shape[1], rows, order, values, x, out)
-        return out
+        # Lines of the result are added to from everywhere, so every range has a copy.
+        ranges = _ranges(p.row_starts, x.shape[1], 1)
+        out = np.zeros((len(ranges), p.shape[1], x.shape[1]), x.dtype)
+        _run(_adjoint_product, ranges, (p.row_starts, p.cols, values, x), out)
+        return out[0] if len(ranges) == 1 else np.sum(out, axis=0)
 
     def grams(self, right: np.ndarray) -> np.ndarray:
         p, right = self.pattern, _plain(right.T)
@@ -205,17 +238,30 @@ def _plain(a: np.ndarray) -> np.ndarray:
 
 
 def _by_lines(kernel: Callable, starts: np.ndarray, work: int, *arrays: Any) -> None:
-    """``kernel(first, last, starts, *arrays)`` on ranges of lines of equally many entries."""
+    """``kernel(first, last, starts, *arrays)`` on all lines, shared among threads."""
+    # More ranges than threads, since their speed varies.
+    _run(kernel, _ranges(starts, work, 4), (starts, *arrays))
+
+
+def _ranges(starts: np.ndarray, work: int, per_thread: int) -> list[tuple[int, int]]:
+    """Ranges of lines with equally many entries."""
     size, lines = int(starts[-1]), len(starts) - 1
     threads = nb.get_num_threads() if size * work > _SERIAL else 1
-    # More ranges than threads, since their speed varies.
-    parts = 1 if threads == 1 else 4 * threads
-    edges = np.searchsorted(starts, np.arange(1, parts) * (size / parts))
-    edges = [0, *(int(e) for e in edges), lines]
-    if parts == 1:
-        kernel(0, lines, starts, *arrays)
+    count = 1 if threads == 1 else per_thread * threads
+    edges = np.searchsorted(starts, np.arange(1, count) * (size / count))
+    return list(pairwise([0, *(int(edge) for edge in edges), lines]))
+
+
+def _run(kernel: Callable, ranges: list[tuple[int, int]], arrays: tuple, outs: Any = None) -> None:
+    """The kernel on every range, with a result array of its own where ``outs`` has them."""
+    own = [()] * len(ranges) if outs is None else [(out,) for out in outs]
+    if len(ranges) == 1:
+        kernel(*ranges[0], *arrays, *own[0])
         return
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(kernel, a, b, starts, *arrays) for a, b in pairwise(edges)]
+    with ThreadPoolExecutor(nb.get_num_threads()) as pool:
+        jobs = [
+            pool.submit(kernel, *lines, *arrays, *out)
+            for lines, out in zip(ranges, own, strict=True)
+        ]
         for job in jobs:
             job.result()

@@ -114,19 +114,18 @@ class Pattern:
 
         Lines of fewer than ``rank`` positions say nothing about other lines, so they are removed
         until none is left; of what falls apart then, the part with the most positions is kept,
-        unless it need not be ``connected``.
-        Necessary for identifiability, and for random positions nearly sufficient
-        :cite:p:`pimentel2016characterization`.
+        unless it need not be ``connected``. Necessary for identifiability, and for random positions
+        nearly sufficient :cite:p:`pimentel2016characterization`.
         """
-        rows, cols = np.ones(self.shape[0], bool), np.ones(self.shape[1], bool)
+        rows, cols = self.row_counts >= rank, self.column_counts >= rank
         inside = np.ones(self.size, bool)
-        while True:
+        lost = not (rows.all() and cols.all())
+        while lost:
+            inside = rows[self.rows] & cols[self.cols]
             keep_rows = rows & (np.bincount(self.rows[inside], minlength=len(rows)) >= rank)
             keep_cols = cols & (np.bincount(self.cols[inside], minlength=len(cols)) >= rank)
-            if keep_rows.sum() == rows.sum() and keep_cols.sum() == cols.sum():
-                break
+            lost = keep_rows.sum() < rows.sum() or keep_cols.sum() < cols.sum()
             rows, cols = keep_rows, keep_cols
-            inside = rows[self.rows] & cols[self.cols]
         labels, count = self._components(inside) if connected else (None, 1)
         if labels is not None and count > 1:
             sizes = np.bincount(labels[self.rows[inside]], minlength=len(labels))
@@ -141,9 +140,11 @@ class Pattern:
 
         m, n = self.shape
         rows, cols = self.rows[inside], self.cols[inside]
-        edges = csr_array((np.ones(len(rows), np.int8), (rows, cols + m)), shape=(m + n, m + n))
+        starts = np.full(m + n + 1, len(rows), dtype=np.int64)
+        starts[: m + 1] = _starts(np.bincount(rows, minlength=m))
+        edges = csr_array((np.ones(len(rows), np.int8), cols + m, starts), shape=(m + n, m + n))
         _, labels = connected_components(edges, directed=False)
-        return labels, len(np.unique(labels[rows]))
+        return labels, len(np.unique(labels[:m][np.diff(starts[: m + 1]) > 0]))
 
 
 @dataclass(frozen=True)

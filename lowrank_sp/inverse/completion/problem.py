@@ -143,7 +143,7 @@ class Problem:
             mask = xp.asarray(usual, device=device(entries.values))
             kept = xp.where(mask, entries.values, xp.zeros_like(entries.values))
             entries = entries.with_values(kept)
-        found = randomized_svd(entries, self.rank, reads=5, oversampling=self.rank, rng=rng)
+        found = randomized_svd(entries, self.rank, reads=3, oversampling=8, rng=rng)
         return SVD(found.u, found.s * (m * n / entries.size), found.vh)
 
     def _given(self, init: Factored) -> SVD:
