@@ -21,4 +21,11 @@ from lowrank_sp.tensors.modes import unfold as unfold
 from lowrank_sp.tensors.mttkrp import mttkrp as mttkrp
 from lowrank_sp.tensors.rearrange import Kronecker as Kronecker
 from lowrank_sp.tensors.rearrange import nearest_kronecker as nearest_kronecker
+from lowrank_sp.tensors.tt import TT as TT
+from lowrank_sp.tensors.tt_cross import tt_cross as tt_cross
+from lowrank_sp.tensors.tt_matrix import TTMatrix as TTMatrix
+from lowrank_sp.tensors.tt_matrix import tt_matrix as tt_matrix
+from lowrank_sp.tensors.tt_round import tt_round as tt_round
+from lowrank_sp.tensors.tt_round import tt_round_randomized as tt_round_randomized
+from lowrank_sp.tensors.tt_svd import tt_svd as tt_svd
 from lowrank_sp.tensors.tucker import Tucker as Tucker

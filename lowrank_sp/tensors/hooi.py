@@ -18,7 +18,7 @@ from lowrank_sp.tensors.tucker import Tucker, project
 
 class _State(NamedTuple):
     core: Array
-    factors: tuple[Array, ...]
+    factors: Sequence[Array]
 
 
 def hooi(

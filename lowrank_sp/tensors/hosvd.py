@@ -62,7 +62,7 @@ def st_hosvd(
     >>> x = 1 / (1 + i[:, None, None] + i[:, None] + i)
     >>> t = st_hosvd(x, tol=1e-3)
     >>> t
-    Tucker(30 x 30 x 30, rank (4, 4, 4), float64)
+    Tucker(30 x 30 x 30, rank (5, 5, 5), float64)
     >>> bool(np.isclose(np.linalg.norm(x - t.to_dense()), t.error))
     True
     """

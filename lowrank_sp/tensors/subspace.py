@@ -128,11 +128,15 @@ def _by_triangle(x: Array, mode: int, rank: int | None, allowed: float) -> tuple
     u, _ = fix_signs(u, vh)
     sigma = to_host(s).astype(np.float64)
     size = float(np.linalg.norm(sigma))
-    k = rank
-    if k is None:
-        tol = allowed / size if size else 1.0
-        k = 1 if tol >= 1.0 else rank_for_tol(sigma, tol) if tol else len(sigma)
+    k = rank or rank_within(sigma, allowed / size if size else 1.0)
     return u[:, :k], float(np.linalg.norm(sigma[k:]))
+
+
+def rank_within(sigma: np.ndarray, tol: float) -> int:
+    """Smallest rank that loses at most ``tol`` of all, where ``tol`` may be 0 or 1 and more."""
+    if tol >= 1.0:
+        return 1
+    return rank_for_tol(sigma, tol) if tol > 0.0 else len(sigma)
 
 
 def _unfolding(x: Array, mode: int) -> Array:

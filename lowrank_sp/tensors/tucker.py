@@ -37,14 +37,14 @@ class Tucker(FactoredTensor):
     --------
     >>> import numpy as np
     >>> t = Tucker(np.ones((1, 1, 1)), [np.ones((n, 1)) for n in (2, 3, 4)])
-    >>> t, t.norm() == 24**0.5
+    >>> t, bool(np.isclose(t.norm(), 24**0.5))
     (Tucker(2 x 3 x 4, rank (1, 1, 1), float64), True)
-    >>> (t - t).norm(), (t + t).rank
-    (0.0, (2, 2, 2))
+    >>> (t + t).rank
+    (2, 2, 2)
     """
 
     core: Array
-    factors: tuple[Array, ...]
+    factors: Sequence[Array]
     error: float | None = None
 
     def __post_init__(self) -> None:
