@@ -151,9 +151,12 @@ def decompose(
         state, change = step(stage.state)
         if stage.core is None:
             return _Stage(state, None), change
-        if state.sweeps < last and not (tol is not None and change <= tol):
+        if tol is not None and change <= tol:
+            state, change = step(stage.core.lifted(state, source))
+        elif state.sweeps < last:
             return _Stage(state, stage.core), change
-        state, change = step(stage.core.lifted(state, source))
+        else:
+            state = stage.core.lifted(state, source)
         return _Stage(state, None), change
 
     def value(stage: _Stage) -> CP:

@@ -113,6 +113,8 @@ def cp_hals(
 
 def _of_norm(state: State, norm: float) -> State:
     """The state with its tensor scaled to ``norm``."""
+    if norm == 0.0:
+        return state
     size = math.sqrt(float(np.sum(math.prod(state.grams, start=np.ones(())))))
     scale = (norm / size) ** (1 / len(state.rows))
     return started(state.source, [rows * scale for rows in state.rows])

@@ -27,16 +27,17 @@ from lowrank_sp.tensors.modes import around
 from lowrank_sp.tensors.mttkrp import Rows
 from lowrank_sp.tensors.ranks import cp_rank
 
-# Sweeps between two estimates of the error, and the entries that these are made from.
-_EPOCH, _PROBES = 5, 2**14
+# Sweeps between two estimates of the error, the entries that these are made from, and the epochs
+# within which it has to fall.
+_EPOCH, _PROBES, _PATIENCE = 5, 2**14, 3
 
 
 class _State(NamedTuple):
-    """Rows after an epoch, and the best so far with its estimated error."""
+    """Rows after an epoch, the best so far, and the estimates of its error in recent epochs."""
 
     rows: list[Array]
     best: list[Array]
-    error: float
+    errors: tuple[float, ...]
     epoch: int
 
 
@@ -68,7 +69,7 @@ def cp_arls(
         Seed of the start and of the samples.
     stop : Stop
         A step is an epoch of five sweeps. The change is by how much the error relative to ``x``,
-        estimated from the same :math:`2^{14}` entries throughout, fell below its best so far.
+        estimated from the same :math:`2^{14}` entries throughout, fell in the last three epochs.
     callback : callable, optional
         Called as ``callback(k, change, cp)`` after every epoch.
     samples : int, optional
@@ -124,10 +125,10 @@ def cp_arls(
         draws, rows = np.random.default_rng((seed, state.epoch)), state.rows
         for _ in range(_EPOCH):
             rows = _sampled_sweep(entries, rows, count, draws)
-        error = estimate(rows)
-        fell = max(0.0, state.error - error)
-        best, least = (rows, error) if fell > 0 else (state.best, state.error)
-        return _State(rows, best, least, state.epoch + 1), fell
+        error, least = estimate(rows), state.errors[-1]
+        best = rows if error < least else state.best
+        errors = (*state.errors[-_PATIENCE:], min(error, least))
+        return _State(rows, best, errors, state.epoch + 1), errors[0] - errors[-1]
 
     def value(state: _State) -> CP:
         return problem.answer(started(source, state.best))
@@ -135,7 +136,7 @@ def cp_arls(
     rows = problem.rows(factors)
     return iterate(
         step,
-        _State(rows, rows, estimate(rows), 0),
+        _State(rows, rows, (estimate(rows),) * _PATIENCE, 0),
         stop=stop,
         dtype=source.like.dtype,
         callback=callback,

@@ -46,6 +46,9 @@ class Core(NamedTuple):
     def of(cls, source: Source, rank: int) -> Core:
         """The core of a truncated HOSVD, a little larger than ``rank`` in every mode."""
         data, bases = source.core(core_shape(source.shape, rank))
+        if isinstance(data, np.ndarray):
+            # In C order, so that its axes are those of the source.
+            data = np.ascontiguousarray(data)
         return cls(Dense.of(data, frobenius(data)), bases)
 
     def started(self, rows: Rows) -> State:
@@ -85,8 +88,9 @@ def algebraic_rows(core: Core, rank: int, rng: np.random.Generator) -> list[Arra
     all of them are singular.
     """
     shape = tuple(min(n, rank) for n in core.data.shape)
-    bases = [u[:, :n] for u, n in zip(core.bases, shape, strict=True)]
-    data = to_host(core.data.tensor)[tuple(slice(n) for n in shape)]
+    smaller, inside = core.data.core(shape)
+    bases = [u @ v for u, v in zip(core.bases, inside, strict=True)]
+    data = to_host(smaller)
     square = [axis for axis, n in enumerate(shape) if n == rank][:2]
     rest = [axis for axis in range(len(shape)) if axis not in square]
     sizes = tuple(shape[axis] for axis in rest)

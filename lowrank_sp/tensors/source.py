@@ -12,6 +12,7 @@ import numpy as np
 from lowrank_sp._arrays import Array, adjoint, device, frobenius, namespace, slices
 from lowrank_sp.factors import LowRank
 from lowrank_sp.tensors.hosvd import st_hosvd
+from lowrank_sp.tensors.modes import mode_dot
 from lowrank_sp.tensors.mttkrp import Rows, conjugate, contracted, khatri_rao_rows
 from lowrank_sp.tensors.subspace import leading_subspace
 
@@ -200,4 +201,8 @@ class FactoredStack(Source):
         _, r = xp.linalg.qr(left)
         v, _ = leading_subspace(r @ right, 2, rank=sizes[2])
         core = left @ (right @ conjugate(v))
-        return core, (xp.eye(sizes[0], dtype=u.dtype, device=device(u)), u, v)
+        unit = xp.eye(self.shape[0], dtype=u.dtype, device=device(u))
+        if sizes[0] < self.shape[0]:
+            unit, _ = leading_subspace(core, 0, rank=sizes[0])
+            core = mode_dot(core, adjoint(unit), 0)
+        return core, (unit, u, v)
