@@ -117,12 +117,11 @@ def test_full_rank_separates_nothing():
 @pytest.mark.parametrize("solver", [robust.alternating_projections, robust.scaled_gd])
 def test_dense_noise(solver):
     p = problem(outliers=0.1, noise=0.01, shape=(150, 120))
-    deviation = 0.01 * np.sqrt(np.mean(np.abs(p.truth.to_dense()) ** 2))
-    found = solver(p.data, rank=p.rank, rng=0, noise=deviation)
+    found = solver(p.data, rank=p.rank, rng=0)
     # Root mean square error of the least-squares fit to the entries without outliers.
     floor = 0.01 * np.sqrt(p.dof / (p.data.size * 0.9))
     assert found.converged
-    assert 0.5 * floor < lr.relative_error(found.value.low_rank, p.truth) < 2.5 * floor
+    assert 0.5 * floor < lr.relative_error(found.value.low_rank, p.truth) < 3 * floor
     clean = found.value.sparse[~p.support]
     assert np.mean(clean != 0) < 0.02
 
@@ -160,7 +159,6 @@ BAD = [
     ({"rank": 8}, r"rank must be in 1..7 for shape 9 x 7, got 8"),
     ({"decay": 1.0}, r"decay must be in \(0, 1\), got 1.0"),
     ({"threshold": 0.0}, "threshold must be positive"),
-    ({"noise": -1.0}, "noise must be at least 0"),
     ({"init": lr.LowRank(np.ones((9, 1)), np.ones((1, 7)))}, "init must have rank 2, got 1"),
     ({"init": lr.LowRank(np.ones((8, 2)), np.ones((2, 7)))}, r"init must have shape \(9, 7\)"),
 ]

@@ -40,7 +40,6 @@ def alternating_projections(
     callback: Callback | None = None,
     threshold: float | None = None,
     decay: float = 0.8,
-    noise: float = 0.0,
 ) -> Solution:
     r"""Accelerated alternating projections on low-rank and on sparse matrices.
 
@@ -55,7 +54,8 @@ def alternating_projections(
     :cite:p:`cai2019accelerated`. Here :math:`H_r` also drops what lies below :math:`\tau_t / 2`:
     small components come in only when outliers of their size are gone, so that recovery does not
     depend on the condition number. Alternating projections proper do this by growing the rank
-    :cite:p:`netrapalli2014nonconvex`.
+    :cite:p:`netrapalli2014nonconvex`. And no entry is an outlier whose size is within three
+    standard deviations of the others, as their median tells: so :math:`D` may have dense noise.
 
     Parameters
     ----------
@@ -72,19 +72,17 @@ def alternating_projections(
         entry, whichever is larger; both relative to the low-rank part.
     callback : callable, optional
     threshold : float, optional
-        The :math:`\beta`, by default ``0.5 / (m n)^(1/4)``. Raise it where the low-rank part has
-        spikes of its own.
+        The :math:`\beta`, by default 0.7 times the largest entry of the start relative to its norm.
+        Raise it where smaller components have relatively larger entries.
     decay : float
         The :math:`\gamma` in (0, 1). Closer to 1 it is slower, and stands more outliers.
-    noise : float
-        Standard deviation of dense noise, in units of the data. Entries of ``data - low_rank`` up
-        to three times this are not outliers.
 
     Returns
     -------
     Solution
-        Of a :class:`LowRankPlusSparse`. ``converged`` is False also where both parts together have
-        more unknowns than the data have entries, since then nothing has been separated.
+        Of a :class:`LowRankPlusSparse`. ``converged`` is False also where nothing has been
+        separated: both parts together have more unknowns than the data have entries, or the
+        low-rank part is what truncation makes of noise as large as what is left over.
 
     Notes
     -----
@@ -101,8 +99,8 @@ def alternating_projections(
     >>> found.converged, bool(found.value.density == np.mean(outliers != 0))
     (True, True)
     """
-    problem, start, share = _prepared(data, rank, init, rng, threshold, decay, noise)
-    r, least = start.rank, 3 * noise * problem.factor
+    problem, start, share = _prepared(data, rank, init, rng, threshold, decay)
+    r = start.rank
 
     def state_at(low_rank: SVD, level: float, k: int) -> _Projected:
         left, right = low_rank.factors()
@@ -125,13 +123,13 @@ def alternating_projections(
         low_rank = SVD.canonical(
             xp.concat([u, q_left], axis=1) @ a, kept, bh @ xp.concat([vh, adjoint(q_right)], axis=0)
         )
-        level = max(share * spectral, least)
+        level = max(share * spectral, problem.noise(low_rank))
         change = problem.relative(moved, level - state.level, frobenius(kept))
         return state_at(low_rank, level, state.k + 1), change
 
     return problem.solved(
         step,
-        state_at(start, max(share * float(start.s[0]), least), 0),
+        state_at(start, share * float(start.s[0]), 0),
         lambda state: problem.value(state.low_rank, state.level, inside),
         stop,
         callback,
@@ -149,7 +147,6 @@ def scaled_gd(
     threshold: float | None = None,
     decay: float = 0.9,
     step_size: float = 0.5,
-    noise: float = 0.0,
 ) -> Solution:
     r"""Scaled gradient descent on the factors of the low-rank part.
 
@@ -160,23 +157,21 @@ def scaled_gd(
               R_{t+1} = R_t + \eta\, E_t^H L_t (L_t^H L_t)^{-1},
 
     at a rate that does not depend on the condition number :cite:p:`tong2021accelerating`, and with
-    thresholds that fall by a factor a step :cite:p:`cai2021learned`.
+    thresholds that fall by a factor a step :cite:p:`cai2021learned` down to the size of dense
+    noise. How many outliers it stands does depend on the condition number.
 
     Parameters
     ----------
     data, rank, init, rng, stop, callback
         As in :func:`alternating_projections`.
     threshold : float, optional
-        The first threshold as a multiple of the largest singular value; by default
-        ``0.5 / (m n)^(1/4)``.
+        The first threshold as a multiple of the largest singular value; by default as in
+        :func:`alternating_projections`.
     decay : float
         Factor of the threshold in a step, in (0, 1). It must fall more slowly than the error does,
         which is at a rate of about ``1 - step_size``.
     step_size : float
         The :math:`\eta`, in (0, 1].
-    noise : float
-        Standard deviation of dense noise, in units of the data. The threshold ends at three times
-        this; the answer is then a minimum of the Huber loss of ``data - low_rank``.
 
     Returns
     -------
@@ -198,9 +193,9 @@ def scaled_gd(
     """
     if not 0 < step_size <= 1:
         raise ValueError(f"step_size must be in (0, 1], got {step_size}")
-    problem, start, share = _prepared(data, rank, init, rng, threshold, decay, noise)
+    problem, start, share = _prepared(data, rank, init, rng, threshold, decay)
     first = share * float(start.s[0])
-    least = max(3 * noise * problem.factor, 16 * eps(start.dtype) * first)
+    least = 16 * eps(start.dtype) * first
 
     def state_at(factors: LowRank, level: float) -> _Descending:
         left, right = factors.left, adjoint(factors.right)
@@ -215,14 +210,14 @@ def scaled_gd(
             state.factors.left + step_size * rest.right,
             state.factors.right + step_size * adjoint(rest.left),
         )
-        level = max(decay * state.level, least)
+        level = max(decay * state.level, least, problem.noise(factors))
         moved = (factors - state.factors).norm()
         change = problem.relative(moved, level - state.level, factors.norm())
         return state_at(factors, level), change
 
     return problem.solved(
         step,
-        state_at(start.split(), max(first, least)),
+        state_at(start.split(), first),
         lambda state: problem.value(state.factors.svd(), state.level, clipped),
         stop,
         callback,
@@ -370,7 +365,6 @@ def _prepared(
     rng: RNG,
     threshold: float | None,
     decay: float,
-    noise: float,
 ) -> tuple[Problem, SVD, float]:
     """The problem, where to start, and the threshold as a share of the singular values."""
     problem = Problem.of(data)
@@ -380,19 +374,18 @@ def _prepared(
         raise ValueError(f"decay must be in (0, 1), got {decay}")
     if threshold is not None and not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be positive, got {threshold}")
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"noise must be at least 0 and finite, got {noise}")
-    share = threshold or 0.5 / (m * n) ** 0.25
-    if init is not None:
+    if init is None:
+        draws = np.random.default_rng(rng)
+        # Gross outliers would hide the size of the rest.
+        clip = 10 * problem.median() or math.inf
+        largest = float(problem.sketch(1, draws, clip, clipped).s[0])
+        start = problem.sketch(rank, draws, 2 * largest / (m * n) ** 0.25)
+    else:
         start = problem.given(init)
         if start.rank != rank:
             raise ValueError(f"init must have rank {rank}, got {start.rank}")
-        return problem, start, share
-    draws = np.random.default_rng(rng)
-    # Gross outliers would hide the size of the rest.
-    clip = 10 * problem.median() or math.inf
-    level = 4 * share * float(problem.sketch(1, draws, clip, clipped).s[0])
-    return problem, problem.sketch(rank, draws, level), share
+    share = threshold or 0.7 * problem.peak(start) / (float(start.s[0]) or 1.0) or 1.0
+    return problem, start, share
 
 
 def _over_gram(x: Array) -> Array:

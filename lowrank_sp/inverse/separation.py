@@ -22,6 +22,7 @@ from lowrank_sp._arrays import (
     host_view,
     is_array,
     is_complex,
+    max_abs,
     namespace,
     slices,
     to_host,
@@ -34,6 +35,8 @@ from lowrank_sp.operators import Rows
 
 # Entries in a block of rows that is worked on at a time, so that it stays in a cache.
 _BLOCK = 2**17
+# Entries, at least, from which a median is estimated.
+_SAMPLE = 2**14
 
 
 @dataclass(frozen=True)
@@ -140,29 +143,45 @@ class Problem:
     def _height(self) -> int:
         return max(1, _BLOCK // self.shape[1])
 
-    def _block(self, start: int, stop: int) -> Array:
-        block = as_compute(self.data[start:stop, :])
+    def _block(self, rows: slice) -> Array:
+        block = as_compute(self.data[rows, :])
         return block if self.factor == 1.0 else block * self.factor
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
         for rows in slices(self.shape[0], self._height):
-            yield rows, self._block(rows.start, rows.stop)
+            yield rows, self._block(rows)
 
     def sketch(self, rank: int, rng: RNG, level: float = math.inf, over: Left = inside) -> SVD:
         """Leading triplets, roughly, of what thresholding the data leaves over."""
 
         def read(start: int, stop: int) -> Array:
-            block = self._block(start, stop)
+            block = self._block(slice(start, stop))
             return block if level == math.inf else over(block, level)
 
         operator = Rows(self.shape, read, like=self.like, rows=self._height)
         return randomized_svd(operator, rank, reads=3, rng=rng)
 
-    def median(self) -> float:
-        """Median magnitude of the entries of some rows."""
-        rows = np.unique(np.linspace(0, self.shape[0] - 1, 64).astype(int))
-        sample = [to_host(abs(self._block(int(i), int(i) + 1))) for i in rows]
-        return float(np.median(np.concatenate(sample)))
+    def median(self, low_rank: Factored | None = None) -> float:
+        """Median magnitude of the data, less a low-rank part, from a sample of rows."""
+        m, n = self.shape
+        rows = slice(0, m, max(1, m // max(64, _SAMPLE // n)))
+        sample = self._block(rows)
+        if low_rank is not None:
+            left, right = low_rank.factors()
+            sample = sample - left[rows, :] @ right
+        return float(np.median(to_host(abs(sample))))
+
+    def noise(self, low_rank: Factored) -> float:
+        """Three standard deviations of the Gaussian with the median of what is not low-rank.
+
+        Outliers are fewer than half of the entries, so smaller ones are none.
+        """
+        return 4.45 * self.median(low_rank)
+
+    def peak(self, low_rank: SVD) -> float:
+        """Largest magnitude of an entry, without the whole matrix."""
+        left, right = low_rank.factors()
+        return max(max_abs(left[rows, :] @ right) for rows in slices(self.shape[0], self._height))
 
     def given(self, init: Factored) -> SVD:
         if tuple(init.shape) != self.shape:
@@ -222,13 +241,21 @@ class Problem:
         )
         parts = solution.value
         (m, n), r, density = self.shape, parts.low_rank.rank, parts.density
-        if not solution.converged or r * (m + n - r) + density * m * n < m * n:
-            return solution
+        norm = self.norm / self.factor
         reason = (
-            f"nothing separated: rank {r} and {density:.0%} outliers have more unknowns "
-            f"than the data; {solution.reason}"
+            f"{solution.reason}; {density:.1%} outliers, {parts.error / (norm or 1.0):.0e} left"
         )
-        return replace(solution, converged=False, reason=reason)
+        # The largest singular value of noise as large as what is left.
+        edge = parts.error * (m**-0.5 + n**-0.5)
+        if not solution.converged:
+            return replace(solution, reason=reason)
+        if r * (m + n - r) + density * m * n >= m * n:
+            why = f"rank {r} and {density:.0%} outliers have more unknowns than the data"
+        elif edge > 0 and float(parts.low_rank.s[0]) < 2 * edge:
+            why = "no singular value is twice that of noise as large as what is left"
+        else:
+            return replace(solution, reason=reason)
+        return replace(solution, converged=False, reason=f"nothing separated: {why}; {reason}")
 
 
 def _empty(a: Array) -> Array:
