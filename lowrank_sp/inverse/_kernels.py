@@ -24,6 +24,7 @@ from lowrank_sp._arrays import (
     namespace,
     real_dtype,
     slices,
+    to_host,
 )
 from lowrank_sp.inverse.pattern import Pattern
 
@@ -111,9 +112,13 @@ class Portable:
             weight = xp.astype(xp.take(ridge, bucket.lines), x.dtype)[:, None, None]
             gram = adjoint(picked) @ picked
             shift = eps(x.dtype) * xp.linalg.trace(gram)[:, None, None] + eps(x.dtype) ** 2
-            step = adjoint(picked) @ residual - weight * old
-            parts.append((old + xp.linalg.solve(gram + (weight + shift) * unit, step))[:, :, 0])
-        return self._collected(parts, place, r, x), squares
+            side = adjoint(picked) @ residual - weight * old
+            parts.append(xp.linalg.solve(gram + (weight + shift) * unit, side)[:, :, 0])
+        # Where nothing was observed, the penalty decides, if there is one.
+        shift = eps(x.dtype) ** 2
+        unseen = -left * xp.astype(ridge / (ridge + shift), x.dtype)[:, None]
+        empty = xp.asarray(self.pattern.row_counts == 0, device=device(x))[:, None]
+        return left + xp.where(empty, unseen, self._collected(parts, place, r, x)), squares
 
     def _product(self, table: Any, values: Array, x: Array, size: int) -> Array:
         xp = namespace(values, x)
@@ -194,32 +199,26 @@ class OnHost:
         self._compiled, self._like = compiled, like[:0]
 
     def sampled(self, left: Array, right: Array) -> Array:
-        return self._moved(self._compiled.sampled(_host(left), _host(right)))
+        return self._moved(self._compiled.sampled(to_host(left), to_host(right)))
 
     def matmul(self, values: Array, x: Array) -> Array:
-        return self._moved(self._compiled.matmul(_host(values), _host(x)))
+        return self._moved(self._compiled.matmul(to_host(values), to_host(x)))
 
     def rmatmul(self, values: Array, x: Array) -> Array:
-        return self._moved(self._compiled.rmatmul(_host(values), _host(x)))
+        return self._moved(self._compiled.rmatmul(to_host(values), to_host(x)))
 
     def grams(self, right: Array) -> Array:
-        return self._moved(self._compiled.grams(_host(right)))
+        return self._moved(self._compiled.grams(to_host(right)))
 
     def least_squares(
         self, values: Array, left: Array, right: Array, ridge: Array
     ) -> tuple[Array, float]:
-        arrays = (_host(a) for a in (values, left, right, ridge))
+        arrays = (to_host(a) for a in (values, left, right, ridge))
         out, squares = self._compiled.least_squares(*arrays)
         return self._moved(out), squares
 
     def _moved(self, a: np.ndarray) -> Array:
         return from_host(a, self._like)
-
-
-def _host(a: Array) -> np.ndarray:
-    host = host_view(a)
-    assert host is not None, "checked when the kernels were chosen"
-    return host
 
 
 def kernels(pattern: Pattern, like: Array) -> Any:

@@ -17,7 +17,8 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.factors import SVD, check_rank
 
-_ATTEMPTS = 200
+# Repairs of a mask before it is built up instead.
+_ATTEMPTS = 20
 
 
 def degrees_of_freedom(shape: tuple[int, ...], rank: int) -> int:
@@ -93,8 +94,8 @@ def positions(
     """Distinct random positions, with at least ``least`` in every line.
 
     Lines that have too few get positions of their own, at random among the free ones, and as many
-    of the others are dropped at random from lines that can spare them. The whole mask is not drawn
-    again, which would take forever near the information limit. Memory is ``O(size)``.
+    of the others are dropped at random from lines that can spare them. To draw the whole mask again
+    would take forever near the information limit. Memory is ``O(size)``.
 
     Parameters
     ----------
@@ -127,23 +128,20 @@ def positions(
         poor_cols = np.repeat(np.arange(n), np.maximum(least - col_counts, 0))
         if not len(poor_rows) and not len(poor_cols) and len(keys) == size:
             return rows, cols
-        # A poor row meets a poor column where there is one, which repairs both; one position more,
-        # lest the last two poor lines always meet where there is an entry already.
-        count = max(len(poor_rows), len(poor_cols)) + 1
-        add_rows = np.concatenate(
-            [poor_rows, _draw(m, count - len(poor_rows), rates, 0, generator)]
-        )
-        add_cols = np.concatenate(
-            [poor_cols, _draw(n, count - len(poor_cols), rates, 1, generator)]
-        )
-        generator.shuffle(add_cols)
+        # Never a poor row with a poor column: two lines that each need the entry they share are
+        # not identified by it.
+        add_rows = np.concatenate([poor_rows, _draw(m, len(poor_cols), rates, 0, generator)])
+        add_cols = np.concatenate([_draw(n, len(poor_rows), rates, 1, generator), poor_cols])
         fresh = np.setdiff1d(add_rows.astype(np.int64) * n + add_cols, keys)
         keys = np.concatenate([keys, fresh])
         keys = _thinned(keys, len(keys) - size, shape, least, generator)
-    raise ValueError(
-        f"no mask of {size} entries with {least} in every line was found for shape {m} x {n}; "
-        "raise oversampling"
-    )
+    # So near the limit that hardly an entry can be spared: begin with the fewest that will do.
+    keys = _fewest(shape, least, generator)
+    while len(keys) < size:
+        others = _distinct(shape, size, rates, generator)
+        others = generator.permutation(np.setdiff1d(others, keys))
+        keys = np.sort(np.concatenate([keys, others[: size - len(keys)]]))
+    return keys // n, keys % n
 
 
 def power_law(size: int, generator: np.random.Generator) -> np.ndarray:
@@ -196,6 +194,17 @@ def _draw(size: int, count: int, rates: Any, side: int, generator: np.random.Gen
         return generator.integers(size, size=count)
     edges = np.cumsum(rates[side])
     return np.minimum(np.searchsorted(edges, generator.random(count) * edges[-1]), size - 1)
+
+
+def _fewest(shape: tuple[int, int], least: int, generator: np.random.Generator) -> np.ndarray:
+    """``least max(m, n)`` positions with ``least`` or more in every line: a permuted band."""
+    m, n = shape
+    i = np.arange(max(m, n))
+    shift = np.arange(least)[:, None]
+    rows, cols = (i + shift * (m < n)) % m, (i + shift * (m >= n)) % n
+    rows, cols = np.broadcast_arrays(rows, cols)
+    rows, cols = generator.permutation(m)[rows.ravel()], generator.permutation(n)[cols.ravel()]
+    return np.sort(rows * n + cols)
 
 
 def _thinned(
