@@ -72,6 +72,8 @@ class Batch:
                     factor.copy_(new.reshape(factor.shape))
             if kept:
                 self.states[pair.up] = {name: x[i] for name, x in kept.items()}
+                # Tools for checkpoints want a state of every parameter.
+                self.states[pair.down] = {"is_with_up": torch.ones(())}
 
     def _exact(self, pair: ParameterPair, factor: nn.Parameter, name: str) -> Tensor:
         rounded = factor.float() if factor.dtype.itemsize < 4 else factor
