@@ -24,10 +24,12 @@ from lowrank_sp.factors import check_rank
 from lowrank_sp.inverse.completion import als
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.inverse.robust import alternating_projections
-from lowrank_sp.iterate import Solution
+from lowrank_sp.iterate import Solution, Stop
 from lowrank_sp.linalg.svd import truncated_svd
 
 _DTYPES = (np.float64, np.float32)
+# A model of data with holes is not worth more digits.
+_STOP = Stop(max_iter=1000, tol=1e-5)
 
 
 class LowRankImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
@@ -138,6 +140,7 @@ class LowRankImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             regularization=self.regularization,
             weighted=False,
             rng=self.random_state,
+            stop=_STOP,
         )
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
