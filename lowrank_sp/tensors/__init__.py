@@ -1,5 +1,7 @@
 """Low-rank tensors: CP, Tucker, tensor trains, and the joint factorizations of many matrices."""
 
+from lowrank_sp.tensors.completion import tt_completion as tt_completion
+from lowrank_sp.tensors.completion import tucker_completion as tucker_completion
 from lowrank_sp.tensors.cp import CP as CP
 from lowrank_sp.tensors.cp_als import cp_als as cp_als
 from lowrank_sp.tensors.cp_completion import cp_completion as cp_completion
@@ -21,6 +23,7 @@ from lowrank_sp.tensors.modes import unfold as unfold
 from lowrank_sp.tensors.mttkrp import mttkrp as mttkrp
 from lowrank_sp.tensors.rearrange import Kronecker as Kronecker
 from lowrank_sp.tensors.rearrange import nearest_kronecker as nearest_kronecker
+from lowrank_sp.tensors.streaming import StreamingTucker as StreamingTucker
 from lowrank_sp.tensors.tt import TT as TT
 from lowrank_sp.tensors.tt_cross import tt_cross as tt_cross
 from lowrank_sp.tensors.tt_matrix import TTMatrix as TTMatrix
