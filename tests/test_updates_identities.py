@@ -295,6 +295,18 @@ def test_moments_turn_with_the_frame(rule):
         up, down, state = other
 
 
+def test_a_direction_that_comes_back_does_not_jump():
+    """Of a second moment that a turn has lost, the escaped mass keeps the size."""
+    rule = LoRARite(lr=1.0, betas=(0.0, 0.999))
+    *_, state = step(rule)
+    lost = UP * np.array([1.0, 1.0, 0.0])
+    *_, state = step(rule, up=lost, grads=gradients(TARGET, lost, DOWN), state=state)
+    assert state["down_escaped"] > 0
+    _, down, _ = step(rule, state=state)
+    usual = np.linalg.norm(moved(rule)[1])
+    assert np.linalg.norm(down - DOWN) <= 3 * usual
+
+
 def test_loft_in_full_rank_is_adam():
     """With square orthogonal ``down``, ``up`` sees the whole gradient: one step is Adam's."""
     n = 5

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowrank_sp._arrays import Array, adjoint, is_complex, namespace
-from lowrank_sp.updates.frames import Frame, frames, left_times, times
+from lowrank_sp.updates.frames import frames, left_times, times
 from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter, over, where
 from lowrank_sp.updates.slots import descend
 
@@ -20,11 +21,12 @@ class LoRARite(Rule):
 
     .. math::
         V \leftarrow \beta_2 P V P^H + (1 - \beta_2)\, u^H u / n, \quad
-        M \leftarrow \beta_1 M P^H + (1 - \beta_1)\, u\, V^{-1/2}, \quad
+        M \leftarrow \beta_1 M P^H + (1 - \beta_1)\, u\, (V + e I)^{-1/2}, \quad
         A^H \leftarrow A^H - \eta\, M R_B^{-H} / s
 
-    and ``up`` likewise, in the frame of ``down``. The decays are corrected so that the first step
-    has full weight.
+    and ``up`` likewise, in the frame of ``down``. ``e`` counts what of ``V`` the turns have lost,
+    so that a direction that comes up anew does not begin with a large step. The decays are
+    corrected so that the first step has full weight.
 
     Parameters
     ----------
@@ -56,12 +58,14 @@ class LoRARite(Rule):
         square = xp.zeros_like(adjoint(factors.up[..., :1, :]) @ factors.up[..., :1, :])
         return {
             "step": counter(factors),
-            "up_mean": xp.zeros_like(factors.up),
-            "down_mean": xp.zeros_like(factors.down),
-            "up_square": square,
-            "down_square": square,
             "up_basis": xp.zeros_like(factors.up),
             "down_basis": xp.zeros_like(factors.down),
+            "up_mean": xp.zeros_like(factors.up),
+            "down_mean": xp.zeros_like(adjoint(factors.down)),
+            "up_square": square,
+            "down_square": square,
+            "up_escaped": abs(square[..., 0, 0]),
+            "down_escaped": abs(square[..., 0, 0]),
         }
 
     def _update(
@@ -76,56 +80,68 @@ class LoRARite(Rule):
         decays = tuple(b * (1 - b ** (count - 1)) / (1 - b**count) for b in self.betas)
         up_turn = adjoint(q_up) @ state["up_basis"]
         down_turn = q_down @ adjoint(state["down_basis"])
-        up, up_mean, up_square = self._side(
-            grads.up, of_down, down_turn, state["up_mean"], state["up_square"], decays, scale
+        up, up_kept = self._side(
+            times(grads.up, of_down.inverse / scale), down_turn, _history("up", state), decays
         )
-        down, down_mean, down_square = self._side(
-            adjoint(grads.down),
-            of_up,
+        down, down_kept = self._side(
+            times(adjoint(grads.down), of_up.inverse / scale),
             up_turn,
-            adjoint(state["down_mean"]),
-            state["down_square"],
+            _history("down", state),
             decays,
-            scale,
         )
+        up = times(up, adjoint(of_down.inverse / scale))
+        down = adjoint(times(down, adjoint(of_up.inverse / scale)))
         new = Pair(
             descend(factors.up, up, lr, self.weight_decay),
-            descend(factors.down, adjoint(down), lr, self.weight_decay),
+            descend(factors.down, down, lr, self.weight_decay),
         )
         return new, {
             "step": step,
-            "up_mean": up_mean,
-            "down_mean": adjoint(down_mean),
-            "up_square": up_square,
-            "down_square": down_square,
             "up_basis": q_up,
             "down_basis": q_down,
+            **{f"up_{name}": x for name, x in up_kept._asdict().items()},
+            **{f"down_{name}": x for name, x in down_kept._asdict().items()},
         }
 
     def _side(
-        self,
-        grad: Array,
-        other: Frame,
-        turn: Array,
-        mean: Array,
-        square: Array,
-        decays: tuple[Array, ...],
-        scale: Scalar,
-    ) -> tuple[Array, Array, Array]:
-        """Direction, momentum and second moment of one factor, as a tall block."""
+        self, u: Array, turn: Array, old: _History, decays: tuple[Array, ...]
+    ) -> tuple[Array, _History]:
+        """Direction in the frame of the other factor, and history of one factor, as a block."""
         first, second = decays
-        u = times(grad, other.inverse / scale)
-        fresh = adjoint(u) @ u / u.shape[-2]
-        square = second * (turn @ square @ adjoint(turn)) + (1 - second) * fresh
-        mean = first * (mean @ adjoint(turn)) + (1 - first) * (u @ _inverse_root(square, self.eps))
-        return times(mean, adjoint(other.inverse / scale)), mean, square
+        turned = turn @ old.square @ adjoint(turn)
+        escaped = second * (old.escaped[..., None, None] + _loss(old.square, turned))
+        square = second * turned + (1 - second) * (adjoint(u) @ u / u.shape[-2])
+        fresh = u @ _inverse_root(square, escaped, self.eps)
+        mean = first * (old.mean @ adjoint(turn)) + (1 - first) * fresh
+        return mean, _History(mean, square, escaped[..., 0, 0])
 
 
-def _inverse_root(p: Array, eps: float) -> Array:
-    """``(p^(1/2) + eps)^(-1)`` of a positive semidefinite matrix."""
+class _History(NamedTuple):
+    """What a factor, seen as a tall block, remembers in the frame of the other one."""
+
+    mean: Array
+    square: Array
+    escaped: Array
+
+
+def _history(side: str, state: State) -> _History:
+    return _History(*(state[f"{side}_{name}"] for name in _History._fields))
+
+
+def _loss(old: Array, turned: Array) -> Array:
+    """What of a second moment is lost by a turn: the lesser of two measures, ``(..., 1, 1)``."""
+    xp = namespace(old)
+    gaps = xp.linalg.eigvalsh(old) - xp.linalg.eigvalsh((turned + adjoint(turned)) / 2)
+    lost = xp.minimum(xp.max(gaps, axis=-1), xp.sum(gaps, axis=-1))
+    return xp.where(lost > 0, lost, xp.zeros_like(lost))[..., None, None]
+
+
+def _inverse_root(p: Array, shift: Array, eps: float) -> Array:
+    """``((p + shift I)^(1/2) + eps I)^(-1)`` of a positive semidefinite matrix."""
     xp = namespace(p)
     values, vectors = xp.linalg.eigh((p + adjoint(p)) / 2)
-    sizes = xp.where(values > 0, values, xp.zeros_like(values)) ** 0.5 + eps
+    values = xp.where(values > 0, values, xp.zeros_like(values)) + shift[..., 0]
+    sizes = values**0.5 + eps
     return (vectors / sizes[..., None, :]) @ adjoint(vectors)
 
 
