@@ -7,10 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank_sp._arrays import RNG, Array, adjoint, device, from_host, inner, is_complex, namespace
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    adjoint,
+    device,
+    eps,
+    from_host,
+    inner,
+    is_complex,
+    namespace,
+)
 from lowrank_sp.factors import Factored, LowRank
 from lowrank_sp.gauge import balance
-from lowrank_sp.inverse.completion.problem import Callback, Problem
+from lowrank_sp.inverse.completion.problem import Callback, Problem, spread
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.iterate import Solution, Stop
 
@@ -116,7 +126,9 @@ def als(
         entries, rank, allow_unidentified=allow_unidentified, regularized=regularization > 0
     )
     mean = _mean(problem.entries.values) if biases else 0.0
-    by_rows = problem.entries.with_values(problem.entries.values - mean)
+    by_rows = problem.entries
+    if biases:
+        by_rows = by_rows.with_values(by_rows.values - mean)
     by_columns = by_rows.mT
     ridges = [_ridge(e, regularization, weighted) for e in (by_rows, by_columns)]
     extras = [_ridge(e, 1.0, False) for e in (by_rows, by_columns)]
@@ -137,16 +149,19 @@ def als(
         move = new - left
         change += _norm(move, right)
         left = left + relaxation * move
-        change /= _norm(left, right) + offset
+        # Where the penalty leaves nothing, relative to the rounding of the data.
+        change /= max(_norm(left, right) + offset, eps(left.dtype) * data)
         left, right = _balanced(*_turned(left, right, biases), weights, biases)
         factor *= continuation
         relaxed = _relaxed(relaxation, (*changes, change))
         return _State(left, right, factor, factor * residual / data, *relaxed), change
 
-    f = replace(problem, entries=by_rows).start(init, rng).split("left")
+    f = replace(problem, entries=by_rows).start(init, rng)
+    root, rest = spread(f)
+    start = LowRank(f.u * rest, root[:, None] * f.vh)
     return problem.solve(
         step,
-        _State(*(_with_biases(f) if biases else f.factors()), continuation, continuation),
+        _State(*(_with_biases(start) if biases else start.factors()), continuation, continuation),
         value=lambda state: _model(state, mean, biases),
         stop=stop,
         callback=callback,

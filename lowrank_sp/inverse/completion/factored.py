@@ -98,7 +98,7 @@ def lmafit(
         old_norm = residual.norm()
         ratio = new.residual.norm() / old_norm if old_norm else 0.0
         change = relative_change(new, state.base, size)
-        # The schedule of Wen, Yin and Zhang, section 2.3.
+        # The schedule of Wen, Yin and Zhang.
         if ratio >= 1.0 and state.relaxation > 0.0:
             increment = max(0.1 * state.relaxation, 0.1 * state.increment)
             return _Relaxed(state.base, 0.0, increment, state.change), state.change
@@ -224,7 +224,7 @@ def scaled_gd(
               R_+ = R - \tfrac{\eta}{p} (L^H L + \delta I)^{-1} L^H P_\Omega(L R - X)
 
     with ``p = M / (m n)``. Its rate does not depend on the condition of the matrix
-    :cite:p:`tong2021scaledgd`.
+    :cite:p:`tong2021accelerating`.
 
     Parameters
     ----------

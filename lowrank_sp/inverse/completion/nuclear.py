@@ -12,7 +12,14 @@ import numpy as np
 from lowrank_sp._arrays import RNG, Array, adjoint, device, eps, frobenius, inner, namespace
 from lowrank_sp.factors import SVD, Factored, check_rank
 from lowrank_sp.gauge import balance
-from lowrank_sp.inverse.completion.problem import Callback, Fit, Problem, fit, relative_change
+from lowrank_sp.inverse.completion.problem import (
+    Callback,
+    Fit,
+    Problem,
+    fit,
+    relative_change,
+    spread,
+)
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.iterate import Solution, Stop
 from lowrank_sp.linalg.krylov import block_krylov
@@ -265,13 +272,9 @@ def _soft_impute(
         return _thresholded(SVD.canonical(u, s, vh @ adjoint(basis)), penalty)
 
     f = problem.start(init, rng)
-    xp = namespace(f.u)
-    # A column of length zero would stay so; the product is the same if only its row is zero.
-    least = max(penalty, eps(f.s.dtype) * float(xp.max(f.s)))
-    s = xp.where(f.s > least, f.s, xp.full_like(f.s, least))
-    left = f.u * xp.astype(s**0.5, f.u.dtype)
-    right = xp.astype(f.s / s**0.5, f.u.dtype)[:, None] * f.vh
-    return problem.solve(step, fit(data, left, right), value=value, stop=stop, callback=callback)
+    root, rest = spread(f)
+    start = fit(data, f.u * root, rest[:, None] * f.vh)
+    return problem.solve(step, start, value=value, stop=stop, callback=callback)
 
 
 def _ridge_step(x: Array, basis: Array, image: Array, penalty: float) -> Array:

@@ -213,6 +213,17 @@ class Problem:
         return LowRank(left, xp.zeros((self.rank, n), **where))
 
 
+def spread(f: SVD) -> tuple[Array, Array]:
+    """Positive ``a`` and some ``b`` with ``a b = s``: equal, but where ``s`` is next to zero.
+
+    A method that solves for one factor at a time needs a start in which the other has no zeros.
+    """
+    xp = namespace(f.s)
+    least = 0.01 * float(f.s[0]) or 1.0
+    root = xp.where(f.s > least, f.s, xp.full_like(f.s, least)) ** 0.5
+    return xp.astype(root, f.u.dtype), xp.astype(f.s / root, f.u.dtype)
+
+
 def _padded(f: SVD, rank: int) -> SVD:
     """``f`` with further triplets of singular value zero."""
     xp = namespace(f.u)
