@@ -1,6 +1,7 @@
 """The house: who imports whom, what an import costs, and that all that is public is documented."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import lowrank_sp
-from lowrank_sp import adapters, linalg, operators
+import lowrank_sp.inverse.completion
+import lowrank_sp.inverse.synthetic
+from lowrank_sp import adapters, inverse, linalg, operators, tensors
 
 PACKAGE = Path(lowrank_sp.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -133,7 +136,9 @@ def test_import_is_light():
 
 
 def exported():
-    for module in (lowrank_sp, linalg, operators, adapters):
+    bridge = importlib.import_module("lowrank_sp.torch")
+    solvers = (inverse, inverse.completion, inverse.synthetic)
+    for module in (lowrank_sp, linalg, operators, tensors, adapters, bridge, *solvers):
         for name, thing in vars(module).items():
             if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
                 yield pytest.param(thing, id=f"{module.__name__}.{name}")

@@ -14,15 +14,37 @@ NAMES = [
     if name != "lowrank_sp.cli"
 ]
 WITH_EXAMPLES = {
+    "lowrank_sp.estimators",
     "lowrank_sp.factors",
     "lowrank_sp.gauge",
+    "lowrank_sp.inverse.completion.alternating",
+    "lowrank_sp.inverse.completion.factored",
+    "lowrank_sp.inverse.completion.nuclear",
+    "lowrank_sp.inverse.completion.selection",
+    "lowrank_sp.inverse.entries",
+    "lowrank_sp.inverse.measurements",
+    "lowrank_sp.inverse.synthetic.harmonics",
+    "lowrank_sp.inverse.synthetic.matrices",
+    "lowrank_sp.inverse.denoise",
+    "lowrank_sp.inverse.robust",
+    "lowrank_sp.inverse.study",
     "lowrank_sp.iterate",
     "lowrank_sp.linalg.orth",
     "lowrank_sp.linalg.sketch",
     "lowrank_sp.linalg.spectrum",
     "lowrank_sp.linalg.svd",
     "lowrank_sp.linalg.weighted",
+    "lowrank_sp.tensors.cp",
+    "lowrank_sp.tensors.cp_als",
+    "lowrank_sp.tensors.cp_completion",
+    "lowrank_sp.tensors.cp_nonnegative",
+    "lowrank_sp.tensors.cp_sampled",
+    "lowrank_sp.tensors.joint",
+    "lowrank_sp.tensors.mttkrp",
+    "lowrank_sp.tensors.rearrange",
     "lowrank_sp.testing",
+    "lowrank_sp.torch.optim",
+    "lowrank_sp.torch.pairs",
 }
 
 
