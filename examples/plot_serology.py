@@ -66,9 +66,10 @@ ax.legend(frameon=False, fontsize="small", ncols=2)
 # What the patterns are
 # ---------------------
 #
-# Four terms, regularized, from nine tenths of the measurements. Every row of the figure is one: what
-# it binds to, what it is detected by, and how strongly it is present in each group of patients.
-# Terms of a CP decomposition need no rotation to be read, as those of an SVD do: they are unique.
+# Four terms, regularized, from nine tenths of the measurements. Every row of the figure is one:
+# what it binds to, what it is detected by, and how strongly it is present in each group of
+# patients. Terms of a CP decomposition need no rotation to be read, as those of an SVD do: they are
+# unique.
 
 solution = cp_completion(known, rank=4, rng=0, regularization=1e-3, stop=Stop(60, tol=1e-4))
 print(solution.reason)

@@ -99,12 +99,12 @@ axes[1].set(title="sixty adapters of related tasks")
 axes[1].legend(frameon=False)
 
 # %%
-# At equal numbers of parameters the three ways are alike for the layers of one model: their row and
-# column spaces have little in common, and sharing a basis gains next to nothing. Adapters of
-# related tasks share a space. Once the basis has its dimension, a core of 256 numbers replaces 4096,
-# and only what the adapters do not share is lost; whoever wants that too is better off with the
-# adapters themselves. A diagonal core is too little here, since every task mixes the directions of
-# the common space in its own way. One slice of a result is an adapter again:
+# At equal numbers of parameters the three ways are alike for the layers of one model: their row
+# and column spaces have little in common, and sharing a basis gains next to nothing. Adapters of
+# related tasks share a space. Once the basis has its dimension, a core of 256 numbers replaces
+# 4096, and only what the adapters do not share is lost; whoever wants that too is better off with
+# the adapters themselves. A diagonal core is too little here, since every task mixes the directions
+# of the common space in its own way. One slice of a result is an adapter again:
 
 u, v = solution.value.factors[1:]
 one = LowRank(u @ solution.value.core[7], v.T)

@@ -89,7 +89,8 @@ def cp_als(
     ``4 R`` flops an entry and two reads of ``x`` a sweep, by a dimension tree
     :cite:p:`phan2013fast`, with ``R`` flops more in the first product for the line search, whose
     step minimizes the exact polynomial of degree ``2 N`` :cite:p:`rajih2008enhanced`. The core has
-    ``min(R, n_k)`` in every mode :cite:p:`bro1998improving`. Modes are updated in the order
+    ``min(R + 5, n_k)`` in every mode :cite:p:`bro1998improving`, and the generalized eigenvectors
+    are those of :cite:t:`sanchez1990tensorial`. Modes are updated in the order
     ``1, ..., N`` if ``x`` lies in C or Fortran order.
 
     Examples
