@@ -19,6 +19,7 @@ States = dict[Any, dict[str, Any]]
 _BATCH_BYTES = 2**22
 #: Under these names a state holds float32 copies of factors in half precision.
 _EXACT = ("up_float32", "down_float32")
+_YES = torch.ones(())
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Batch:
             if kept:
                 self.states[pair.up] = {name: x[i] for name, x in kept.items()}
                 # Tools for checkpoints want a state of every parameter.
-                self.states[pair.down] = {"is_with_up": torch.ones(())}
+                self.states[pair.down] = {"is_with_up": _YES}
 
     def _exact(self, pair: ParameterPair, factor: nn.Parameter, name: str) -> Tensor:
         rounded = factor.float() if factor.dtype.itemsize < 4 else factor
