@@ -69,6 +69,8 @@ html_sidebars = {
     "train": [],
     "completion": [],
     "sensing": [],
+    "robust": [],
+    "denoise": [],
     "tensors": [],
     "architecture": [],
     "cli": [],
