@@ -68,7 +68,7 @@ RULES = {
     "`SAM(ScaledGD)`": SAM(ScaledGD()),
     "`EFlat(ScaledGD)`": EFlat(ScaledGD()),
 }
-SHAPE, RANK = (2048, 2048), 16
+SHAPE, RANK = (4096, 4096), 16
 PROMISE = {Gauge.GENERAL: "GL(r)", Gauge.UNITARY: "O(r)", Gauge.NONE: "none"}
 
 
@@ -79,7 +79,7 @@ def number(drift):
 
 def seconds(rule):
     """Seconds of a step."""
-    return step_seconds(rule, shape=SHAPE, rank=RANK, repeats=20)
+    return step_seconds(rule, shape=SHAPE, rank=RANK, repeats=8)
 
 
 def main():

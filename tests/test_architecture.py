@@ -11,8 +11,9 @@ import pytest
 
 import lowrank_sp
 import lowrank_sp.inverse.completion
+import lowrank_sp.inverse.sensing
 import lowrank_sp.inverse.synthetic
-from lowrank_sp import adapters, inverse, linalg, operators, tensors
+from lowrank_sp import adapters, inverse, linalg, operators, tensors, updates
 
 PACKAGE = Path(lowrank_sp.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -137,7 +138,7 @@ def test_import_is_light():
 
 def exported():
     bridge = importlib.import_module("lowrank_sp.torch")
-    solvers = (inverse, inverse.completion, inverse.synthetic)
+    solvers = (inverse, inverse.completion, inverse.sensing, inverse.synthetic, updates)
     for module in (lowrank_sp, linalg, operators, tensors, adapters, bridge, *solvers):
         for name, thing in vars(module).items():
             if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
