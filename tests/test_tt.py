@@ -145,6 +145,14 @@ def test_tolerance_is_respected_and_used(decay, tol):
         assert t.rank[k] == 1 or tails(x, fewer)[k - 1] > 0.99 * tol * size / 3**0.5
 
 
+@pytest.mark.parametrize("layout", [np.asfortranarray, lambda x: x[::-1].copy()[::-1]])
+@pytest.mark.parametrize("shape", [(6, 7, 8), (9, 5), (8, 7, 6)])
+def test_layouts(layout, shape):
+    x = noisy(shape, 3)
+    t = tensors.tt_svd(layout(x), 3)
+    assert check_tt(NUMPY, x, t) <= 1.1 * tensors.tt_svd(x, 3).error
+
+
 def test_tolerance_in_every_library(xp):
     x = random_train((6, 7, 8), 6, decay=6.0).to_dense()
     t = tensors.tt_svd(xp.asarray(x), tol=1e-3)

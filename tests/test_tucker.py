@@ -160,6 +160,26 @@ def test_long_modes(shape, dtype):
         assert abs(lost - truth) <= 1e-6 * truth
 
 
+LAYOUTS = {
+    "fortran": np.asfortranarray,
+    "transposed": lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, 0)), 0, 1),
+    "reversed": lambda x: x[::-1].copy()[::-1],
+    "strided": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    x = low_rank((14, 11, 12), (4, 4, 4), noise=0.2)
+    given, ranks = LAYOUTS[layout](x), (3, 4, 2)
+    for method in METHODS.values():
+        t = method(given, ranks)
+        assert abs(check(NUMPY, x, t, ranks) - method(x, ranks).error) <= 0.1 * t.error
+    best = tensors.hooi(x, rank=ranks, stop=Stop(max_iter=300, tol=1e-14)).value
+    found = tensors.hooi(given, rank=ranks, init=best, stop=Stop(max_iter=1)).value
+    assert abs(check(NUMPY, x, found, ranks) - best.error) <= 1e-10
+
+
 def test_blocks_of_fibres(monkeypatch):
     x = low_rank((12, 11, 10), (3, 3, 3), noise=1e-10)
     expected = tensors.st_hosvd(x, 3)

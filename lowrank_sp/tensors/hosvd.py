@@ -9,7 +9,7 @@ import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, adjoint, device, frobenius, namespace
 from lowrank_sp.tensors.factored import moved, on_host
-from lowrank_sp.tensors.modes import mode_dot
+from lowrank_sp.tensors.modes import memory_order, mode_dot
 from lowrank_sp.tensors.ranks import Rank, as_tensor, check_truncation, scaled, tucker_rank
 from lowrank_sp.tensors.subspace import leading_subspace, lost
 from lowrank_sp.tensors.tucker import Tucker, project
@@ -66,7 +66,7 @@ def st_hosvd(
     >>> bool(np.isclose(np.linalg.norm(x - t.to_dense()), t.error))
     True
     """
-    like, x, norm, factor, ranks = _checked(x, rank, tol)
+    like, x, norm, factor, ranks, back = _checked(x, rank, tol)
     budget = (tol or 0.0) * norm
     core, factors, error = x, {}, 0.0
     order = _cheapest_order(x.shape, ranks)
@@ -82,7 +82,7 @@ def st_hosvd(
         factors[mode] = u
         core = mode_dot(core, adjoint(u), mode)
     t = Tucker(core * factor, tuple(factors[k] for k in range(x.ndim)), error * factor)
-    return moved(t, like)
+    return moved(t.permuted(back), like)
 
 
 def hosvd(
@@ -116,7 +116,7 @@ def hosvd(
     >>> bool(abs(core[0] @ core[1]) < 1e-12)
     True
     """
-    like, x, norm, factor, ranks = _checked(x, rank, tol)
+    like, x, norm, factor, ranks, back = _checked(x, rank, tol)
     allowed = (tol or 0.0) * norm / x.ndim**0.5
     factors = [
         leading_subspace(x, mode, rank=None if tol else ranks[mode], allowed=allowed, rng=rng)[0]
@@ -124,7 +124,8 @@ def hosvd(
     ]
     core = project(x, factors)
     error = projection_error(x, core, factors, norm)
-    return moved(Tucker(core * factor, tuple(factors), error * factor), like)
+    t = Tucker(core * factor, tuple(factors), error * factor)
+    return moved(t.permuted(back), like)
 
 
 def projection_error(x: Array, core: Array, factors: Sequence[Array], norm: float) -> float:
@@ -144,6 +145,11 @@ def projection_error(x: Array, core: Array, factors: Sequence[Array], norm: floa
     return error
 
 
+def inverse(axes: Sequence[int]) -> list[int]:
+    """The permutation that undoes ``axes``."""
+    return sorted(range(len(axes)), key=axes.__getitem__)
+
+
 def identity(x: Array, mode: int) -> Array:
     """The factor of a mode that is left as it is."""
     return namespace(x).eye(x.shape[mode], dtype=x.dtype, device=device(x))
@@ -151,12 +157,17 @@ def identity(x: Array, mode: int) -> Array:
 
 def _checked(
     x: Array, rank: Rank | None, tol: float | None
-) -> tuple[Array, Array, float, float, tuple[int, ...]]:
+) -> tuple[Array, Array, float, float, tuple[int, ...], Sequence[int]]:
+    """The tensor as given; scaled, with its modes as they lie in memory; its norm; the scale; the
+    ranks of these modes; and how the modes go back.
+    """  # noqa: D205
     like, norm = as_tensor(x)
     check_truncation(rank, tol)
     ranks = tucker_rank(rank, like.shape)
     x, factor = scaled(on_host(like), norm)
-    return like, x, norm / factor, factor, ranks
+    axes = memory_order(x)
+    x, ranks = namespace(x).permute_dims(x, axes), tuple(ranks[k] for k in axes)
+    return like, x, norm / factor, factor, ranks, inverse(axes)
 
 
 def _cheapest_order(shape: Sequence[int], ranks: Sequence[int]) -> list[int]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import add
 
+import numpy as np
+
 from lowrank_sp._arrays import Array, adjoint, inner, namespace, slices
 
 # Entries of a tensor that are copied at a time.
@@ -27,6 +29,22 @@ def around(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
     (6, 4, 5)
     """
     return math.prod(shape[:mode]), shape[mode], math.prod(shape[mode + 1 :])
+
+
+def memory_order(x: Array) -> tuple[int, ...]:
+    """Modes from the slowest to the fastest one in memory, where that can be told.
+
+    With its modes in this order a tensor in Fortran order, or any transposition of one in C order,
+    is one in C order, of which :func:`around` needs no copy.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> memory_order(np.ones((2, 3, 4), order="F"))
+    (2, 1, 0)
+    """
+    steps = [-abs(step) for step in x.strides] if isinstance(x, np.ndarray) else [0] * x.ndim
+    return tuple(sorted(range(x.ndim), key=steps.__getitem__))
 
 
 def check_mode(mode: int, order: int) -> int:

@@ -68,10 +68,13 @@ def leading_subspace(
         found = _by_gram(x, mode, rank, allowed)
         return found or _by_triangle(x, mode, rank, allowed)
     matrix = _unfolding(x, mode)
-    if rank is not None:
-        u = truncated_svd(matrix, rank, rng=rng).u
-        return u, lost(x, mode, u)
     size = frobenius(matrix)
+    if rank is not None:
+        f = truncated_svd(matrix, rank, rng=rng)
+        kept = float(f.norm())
+        squares = (size - kept) * (size + kept)
+        # A difference that has digits to lose is enough.
+        return f.u, math.sqrt(squares) if squares > 1e-6 * size**2 else lost(x, mode, f.u)
     tol = allowed / size if size else 1.0
     if tol >= 1.0:
         return leading_subspace(x, mode, rank=1, rng=rng)

@@ -7,10 +7,10 @@ import math
 from lowrank_sp._arrays import RNG, Array, adjoint, namespace
 from lowrank_sp.tensors.factored import moved, on_host
 from lowrank_sp.tensors.hosvd import identity
-from lowrank_sp.tensors.modes import mode_dot
+from lowrank_sp.tensors.modes import memory_order, mode_dot
 from lowrank_sp.tensors.ranks import Rank, as_tensor, check_truncation, scaled, tt_rank
 from lowrank_sp.tensors.subspace import leading_subspace
-from lowrank_sp.tensors.tt import TT
+from lowrank_sp.tensors.tt import TT, mirrored
 
 
 def tt_svd(x: Array, rank: Rank | None = None, *, tol: float | None = None, rng: RNG = None) -> TT:
@@ -64,6 +64,10 @@ def tt_svd(x: Array, rank: Rank | None = None, *, tol: float | None = None, rng:
     ranks = tt_rank(rank, like.shape)
     x, factor = scaled(on_host(like), norm)
     xp = namespace(x)
+    # A tensor in Fortran order is the mirror image of one in C order.
+    reverse = memory_order(x) == tuple(range(x.ndim))[::-1]
+    if reverse:
+        x, ranks = xp.permute_dims(x, memory_order(x)), ranks[::-1]
     budget = (tol or 0.0) * norm / factor
     flipped = x.shape[-1] < x.shape[0]
     axis, step = (1, -1) if flipped else (0, 1)
@@ -84,4 +88,5 @@ def tt_svd(x: Array, rank: Rank | None = None, *, tol: float | None = None, rng:
         cores.append(xp.reshape(u.mT if flipped else u, shape))
         bond = u.shape[1]
     cores.append(xp.reshape(rest * factor, (1, -1, bond) if flipped else (bond, -1, 1)))
-    return moved(TT(cores[::step], error * factor), like)
+    cores = cores[::step]
+    return moved(TT(mirrored(cores) if reverse else cores, error * factor), like)

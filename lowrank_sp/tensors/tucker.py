@@ -170,6 +170,11 @@ class Tucker(FactoredTensor):
         core = multi_mode_dot(t.core, [adjoint(u) for u, _ in rotations])
         return Tucker(core, tuple(columns for _, columns in rotations), self.error)
 
+    def permuted(self, axes: Sequence[int]) -> Tucker:
+        """The tensor with its modes in the order ``axes``, as ``permute_dims`` does it."""
+        core = namespace(self.core).permute_dims(self.core, tuple(axes))
+        return Tucker(core, tuple(self.factors[k] for k in axes), self.error)
+
     def _orthogonalized(self) -> Tucker:
         """With orthonormal columns in every factor."""
         xp = namespace(*self.arrays())
