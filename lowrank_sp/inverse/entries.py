@@ -189,7 +189,6 @@ class Entries(LinearOperator):
         if isinstance(x, Factored):
             return self.sampled(*x.factors())
         xp = namespace(x)
-        # Within a row block, so that the flat index fits where integers have 32 bits.
         flat = self.rows.astype(np.int64) * self.shape[1] + self.cols
         return xp.take(xp.reshape(x, (-1,)), xp.asarray(flat, device=device(x)))
 
