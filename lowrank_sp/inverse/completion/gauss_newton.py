@@ -116,7 +116,7 @@ def gnmr(
             _Pair(0 * left, 0 * right),
             _Pair(zero, zero),
             rate=1.0,
-            tol=max(_INNER_TOL * min(1.0, state.residual) ** 2, eps(y.dtype)),
+            tol=max(_INNER_TOL * min(1.0, state.residual) ** 2, 100 * eps(y.dtype)),
             max_iter=inner_iter,
         ).x
         tangent = _tangent(left, right, new._replace(right=new.right - right))

@@ -148,9 +148,11 @@ def _interpolant(y: Entries, f: SVD) -> LinearOperator:
 def _state(x: LinearOperator, rank: int, smoothing: float, rng: np.random.Generator) -> _State:
     """The triplets of ``x`` beyond the smoothing that it gets, and one more."""
 
-    def wanted(s: np.ndarray) -> int | None:
-        if len(s) < min(rank + 1, *x.shape):
-            return None
+    least = min(rank + 1, *x.shape)
+
+    def wanted(s: np.ndarray) -> int:
+        if len(s) < least:
+            return least
         beyond = int(np.sum(s > _smoothing(s, rank, smoothing, x.dtype)))
         return min(max(rank, beyond) + 1, *x.shape)
 
