@@ -21,17 +21,8 @@ from lowrank_sp.torch import FactorOptimizer, ParameterPair
 from lowrank_sp.updates import LoRARite, ScaledGD
 
 RANKS = 2
-#: One rule of every kind: by entries, Grams, frames, polar factors, and in two turns.
-NAMES = [
-    "AdamW",
-    "ScaledGD",
-    "Riemannian, momentum",
-    "AltLoRA+",
-    "LoRA-RITE",
-    "LoRA-Muon",
-    "StelLA",
-    "SAM",
-]
+#: By entries, by Grams, by frames and by polar factors.
+NAMES = ["AltLoRA+", "ScaledGD", "Riemannian, momentum", "LoRA-RITE", "LoRA-Muon"]
 WHOLE = StateDictOptions(full_state_dict=True)
 
 

@@ -348,6 +348,27 @@ def test_pair_without_gradients_stays():
     assert not torch.equal(net[0].up, Net()[0].up)
 
 
+@some_rules
+def test_batches_that_change(rule, monkeypatch):
+    def path():
+        net = Net()
+        optimizer = optimizer_of(net, rule)
+        for step in range(5):
+            optimizer.zero_grad()
+            net.loss().backward()
+            if step == 2:
+                net[0].up.grad = net[0].down.grad = None
+            if step == 3:
+                # The pairs that are alike, in the other order.
+                optimizer._pairs[0].reverse()
+            optimizer.step()
+        return net
+
+    together = path()
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1)
+    assert_same(together, path())
+
+
 @every_rule
 def test_zero_gradients_and_rank_deficient_factors(rule):
     net = Net()

@@ -16,7 +16,7 @@ from lowrank_sp.torch.pairs import ParameterPair
 #: The states of an optimizer, by parameter.
 States = dict[Any, dict[str, Any]]
 #: Bytes of the factors of one batch on a CPU, so that all that belongs to it stays in cache.
-_BATCH_BYTES = 2**22
+_BATCH_BYTES = 2**21
 #: Under these names a state holds float32 copies of factors in half precision.
 _EXACT = ("up_float32", "down_float32")
 _YES = torch.ones(())
@@ -57,7 +57,7 @@ class Batch:
         """What the rule remembers of the pairs."""
         states = [self.states[pair.up] for pair in self.pairs]
         names = [name for name in states[0] if name not in _EXACT]
-        return {name: torch.stack([state[name] for state in states]) for name in names}
+        return {name: _together([state[name] for state in states]) for name in names}
 
     def put(self, up: Tensor, down: Tensor, state: dict[str, Tensor]) -> None:
         """Write new factors into the parameters, and keep the new state."""
@@ -139,6 +139,19 @@ def _kind(factor: Any) -> tuple[Any, ...]:
 def _stack(tensors: Sequence[Any], *, short: int) -> Tensor:
     """A batch of matrices; shards are cut across the axis that is not ``short``, the rank."""
     return torch.stack([_cut_lengthwise(x.flatten(1), short) for x in tensors])
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """A batch of the parts; without a copy, where they are all of what a step has left behind."""
+    whole = parts[0]._base
+    if whole is None or whole.shape != (len(parts), *parts[0].shape):
+        return torch.stack(list(parts))
+    untouched = all(x._base is whole and _same(x, whole[i]) for i, x in enumerate(parts))
+    return whole if untouched else torch.stack(list(parts))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.storage_offset() == y.storage_offset() and x.stride() == y.stride()
 
 
 def _cut_lengthwise(x: Any, short: int) -> Tensor:
