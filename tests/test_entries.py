@@ -141,6 +141,22 @@ def test_compiled_and_portable_kernels_agree(dtype, monkeypatch):
     assert abs(ours[1] - theirs[1]) <= 100 * eps(dtype) * ours[1]
 
 
+def test_portable_kernels_of_every_library(xp):
+    # Host arrays take the compiled path elsewhere; on other devices this is the only one.
+    x, left, right = gaussian(M, N), gaussian(M, R, seed=1), gaussian(R, N, seed=2)
+    s = np.where(MASK, x, 0)
+    values, u, v, ridge = (xp.asarray(a) for a in (x[MASK], left, right, np.ones(M)))
+    kernels = Portable(Pattern.sort(*np.nonzero(MASK), (M, N))[0], values)
+    close(kernels.matmul(values, v.mT), s @ right.T)
+    close(kernels.rmatmul(values, u), s.T @ left)
+    close(kernels.sampled(u, v), (left @ right)[MASK])
+    grams, solved, squares = normal_equations((x, s, left, right), np.ones(M))
+    close(kernels.grams(v), grams)
+    new, before = kernels.least_squares(values, u, v, ridge)
+    close(new, solved, 1000)
+    assert abs(before - squares) <= 100 * eps(np.float64) * squares
+
+
 def test_threads_share_the_lines(monkeypatch):
     monkeypatch.setattr("lowrank_sp.inverse._compiled._SERIAL", 0)
     monkeypatch.setattr("lowrank_sp.inverse._compiled.nb.get_num_threads", lambda: 3)
