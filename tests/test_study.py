@@ -75,6 +75,26 @@ def test_problems_depend_on_seed_point_and_trial_alone():
     assert not {r["error"] for r in other} & {r["error"] for r in whole}
 
 
+def test_every_problem_has_draws_of_its_own():
+    def draw(rng, **point):
+        return (*point.values(), rng.random())
+
+    def solve(problem):
+        return lr.Solution(problem, True, "", 0, ())
+
+    records = study.phase_transition(
+        draw,
+        {"one": solve, "two": solve},
+        {"a": [1, 2, 3], "b": ["x", "y"]},
+        trials=4,
+        error=lambda problem, _: problem[-1],
+    )
+    assert len({r["error"] for r in records}) == 3 * 2 * 4
+    for one, two in zip(records[::2], records[1::2], strict=True):
+        assert (one["solver"], two["solver"]) == ("one", "two")
+        assert one["error"] == two["error"]
+
+
 @pytest.mark.parametrize(
     "pool",
     [
