@@ -166,11 +166,14 @@ def test_retraction_is_the_truncated_svd(shape, dtype):
     assert np.allclose(new.down @ adjoint(new.down), np.eye(r))
 
 
-def test_retraction_keeps_rows_that_it_does_not_need():
-    down = gaussian(3, 9)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_retraction_keeps_rows_that_it_does_not_need(rank, seed):
+    down = gaussian(3, 9, seed=seed)
     at = point(Pair(np.zeros((12, 3)), down))
-    new = retract(at, Tangent(np.zeros((3, 3)), np.zeros((12, 3)), np.zeros((3, 9))))
-    assert not np.any(new.up)
+    left = gaussian(12, rank, seed=seed) @ gaussian(rank, 3, seed=seed + 9)
+    new = retract(at, Tangent(np.zeros((3, 3)), left, np.zeros((3, 9))))
+    assert np.allclose(new.up @ new.down, -left @ at.q_down.T)
     assert np.allclose(new.down @ np.linalg.pinv(down) @ down, new.down)
     assert np.allclose(new.down @ new.down.T, np.eye(3))
 

@@ -69,8 +69,6 @@ def retract(at: Point, step: Tangent, keep: Scalar = 1.0) -> Pair:
     """
     xp = namespace(at.core)
     of_left, of_right = frame(step.left), frame(adjoint(step.right))
-    left = times(step.left, of_left.inverse)
-    right = times(adjoint(step.right), of_right.inverse)
     core = keep * at.core - step.core
     # Decides only between directions that the result does not have, in favour of the old rows.
     size = Tangent(core, step.left, step.right).norm()[..., None, None]
@@ -83,5 +81,10 @@ def retract(at: Point, step: Tangent, keep: Scalar = 1.0) -> Pair:
     rows.append(xp.concat([-below, xp.zeros_like(core)], axis=-1))
     u, s, vh = xp.linalg.svd(xp.concat(rows, axis=-2), full_matrices=False)
     r = core.shape[-1]
-    up = xp.concat([at.q_up, left], axis=-1) @ (u[..., :, :r] * s[..., None, :r])
-    return Pair(up, vh[..., :r, :] @ adjoint(xp.concat([at.q_down, right], axis=-1)))
+    u = u[..., :, :r] * s[..., None, :r]
+    beyond_up = of_left.inverse @ xp.astype(u[..., r:, :], of_left.inverse.dtype)
+    beyond_down = xp.astype(vh[..., :r, r:], of_right.inverse.dtype) @ adjoint(of_right.inverse)
+    return Pair(
+        at.q_up @ u[..., :r, :] + times(step.left, beyond_up),
+        vh[..., :r, :r] @ adjoint(at.q_down) + left_times(beyond_down, step.right),
+    )
