@@ -353,12 +353,12 @@ def test_batches_that_change(rule, monkeypatch):
     def path():
         net = Net()
         optimizer = optimizer_of(net, rule)
-        for step in range(5):
+        for step in range(6):
             optimizer.zero_grad()
             net.loss().backward()
             if step == 2:
                 net[0].up.grad = net[0].down.grad = None
-            if step == 3:
+            if step == 4:
                 # The pairs that are alike, in the other order.
                 optimizer._pairs[0].reverse()
             optimizer.step()

@@ -62,15 +62,14 @@ class Batch:
     def put(self, up: Tensor, down: Tensor, state: dict[str, Tensor]) -> None:
         """Write new factors into the parameters, and keep the new state."""
         kept = {name: _whole(x).unbind() for name, x in state.items()}
-        for names, new in zip(_EXACT, (up, down), strict=True):
+        for name, new in zip(_EXACT, (up, down), strict=True):
             if self.pairs[0].up.dtype != new.dtype:
-                kept[names] = _whole(new).unbind()
+                kept[name] = _whole(new).unbind()
         for i, (pair, new_up, new_down) in enumerate(
             zip(self.pairs, up.unbind(), down.unbind(), strict=True)
         ):
             for factor, new in ((pair.up, new_up), (pair.down, new_down)):
-                if factor.grad is not None:
-                    factor.copy_(new.reshape(factor.shape))
+                factor.copy_(new.reshape(factor.shape))
             if kept:
                 self.states[pair.up] = {name: x[i] for name, x in kept.items()}
                 # Tools for checkpoints want a state of every parameter.
