@@ -13,6 +13,8 @@ from lowrank_sp import Stop, truncated_svd
 from lowrank_sp.tensors import CP, TensorEntries, cp_als, cp_arls, cp_completion, cp_hals
 from lowrank_sp.tensors.alternating import started, sweep
 from lowrank_sp.tensors.cp_als import least_squares_step
+from lowrank_sp.tensors.cp_sampled import _Entries, _sampled_sweep
+from lowrank_sp.tensors.cp_start import Core, algebraic_rows
 from lowrank_sp.tensors.line_search import extrapolated
 from lowrank_sp.tensors.source import Dense
 
@@ -341,11 +343,12 @@ def test_als_of_every_library(options, xp):
         assert np.allclose(f, g, atol=1e-6)
 
 
-def test_error_is_true_below_the_root_of_eps():
-    _, x = collinear((8, 9, 10), 3, 0.0, noise=1e-10)
+@pytest.mark.parametrize("noise", [1e-6, 1e-7, 3e-8, 1e-10])
+def test_error_is_true_below_the_root_of_eps(noise):
+    _, x = collinear((8, 9, 10), 3, 0.0, noise=noise)
     value = cp_als(x, rank=3, rng=0).value
     error = np.linalg.norm(x - dense(value))
-    assert error < 2e-10 * np.linalg.norm(x)
+    assert error < 2 * noise * np.linalg.norm(x)
     assert abs(value.error - error) <= 1e-4 * error
 
 
@@ -366,6 +369,34 @@ def test_large_tensors_are_compressed_and_polished():
     whole = cp_als(x, rank=4, init=start, compress=False)
     assert default.converged
     assert abs(default.value.error - whole.value.error) <= 1e-9 * np.linalg.norm(x)
+
+
+def test_few_sweeps_end_on_the_tensor_itself():
+    """Sweeps over the core alone would lose what noise has pushed out of its subspaces."""
+    _, x = collinear((50, 45, 40), 4, 0.0, noise=3.0)
+    start = start_of(x.shape, 4)
+    best = cp_als(x, rank=4, init=start, compress=False, stop=Stop(200)).value.error
+    few = cp_als(x, rank=4, init=start, stop=Stop(30, tol=None)).value.error
+    assert few - best <= 1e-6 * np.linalg.norm(x)
+
+
+def test_pencils_of_real_tensors_with_complex_eigenvalues():
+    x = gaussian(8, 8, 8)
+    core = Core.of(Dense.of(x, np.linalg.norm(x)), 8)
+    rows = algebraic_rows(core, 8, np.random.default_rng(0))
+    assert rows is not None
+    assert np.linalg.norm(x - dense(CP.of_factors([r.T for r in rows]))) < 3 * np.linalg.norm(x)
+
+
+def test_columns_are_balanced():
+    x = gaussian(9, 8, 7)
+    source = Dense.of(x, np.linalg.norm(x))
+    state = started(source, [f.T.copy() for f in start_of(x.shape, 4).factors])
+    state, _ = least_squares_step(1.0, 0.0, False)(state)
+    lengths = np.array([np.linalg.norm(r, axis=1) for r in state.rows])
+    assert np.allclose(lengths, lengths[0], rtol=1e-12)
+    for rows, gram in zip(state.rows, state.grams, strict=True):
+        assert np.allclose(gram, rows @ rows.T)
 
 
 def test_rank_above_the_sizes():
@@ -566,6 +597,21 @@ def test_arls_is_near_the_best():
     assert np.isclose(more.value.error, np.linalg.norm(x - dense(more.value)))
 
 
+def test_samples_are_weighted():
+    """With many samples a sweep is that of least squares, also for a few dominant rows."""
+    x, factors = gaussian(12, 10, 8), start_of((12, 10, 8), 3).factors
+    for f in factors:
+        f[:2] *= 10
+    rows = [f.T.copy() for f in factors]
+    source = Dense.of(x, np.linalg.norm(x))
+    exact, _ = least_squares_step(1.0, 0.0, False)(started(source, rows))
+    draws = np.random.default_rng(0)
+    sampled = _sampled_sweep(_Entries(x, x.shape), rows, 100_000, draws)
+    expected = dense(CP.of_factors([r.T for r in exact.rows]))
+    difference = dense(CP.of_factors([r.T for r in sampled])) - expected
+    assert np.linalg.norm(difference) <= 0.08 * np.linalg.norm(expected)
+
+
 def test_arls_is_exact_for_exact_tensors():
     _, x = collinear((20, 15, 12, 10), 3, 0.3)
     assert cp_arls(x, rank=3, rng=1).value.error <= 1e-6 * np.linalg.norm(x)
@@ -625,7 +671,7 @@ def test_completion_of_all_entries_is_a_decomposition():
 @pytest.mark.parametrize("line_search", [False, True])
 def test_residual_of_completion_never_rises(line_search, regularization):
     _, x = collinear((9, 8, 7), 3, 0.5, noise=0.3)
-    entries, objectives = observed(x, 0.4), []
+    entries, objectives = observed(1e4 * x, 0.4), []
     norm = entries.norm()
 
     def record(_step, _change, cp):
