@@ -84,7 +84,7 @@ def test_irls_recovers_what_first_order_methods_do_not():
     hits = 0
     for seed in range(6):
         p = problem(2.0, 1e5, shape=(60, 60), rng=seed)
-        solution = matrix_irls(p.entries, rank=2, rng=0, stop=lr.Stop(tol=1e-11))
+        solution = matrix_irls(p.entries, rank=2, rng=0, decay=0.5, stop=lr.Stop(tol=1e-11))
         hits += error(solution, p) < 1e-9
         assert bool(solution.converged) == (error(solution, p) < 1e-9)
     assert hits >= 4
@@ -94,11 +94,11 @@ def test_irls_reaches_the_noise_floor():
     noise = 1e-2
     for seed in range(3):
         p = problem(4.0, 3.0, shape=(60, 50), noise=noise, rng=seed)
-        solution = matrix_irls(p.entries, rank=2, rng=0, noise=noise)
+        solution = matrix_irls(p.entries, rank=2, rng=0, noise=noise, decay=0.5)
         assert solution.converged
         # sigma sqrt(dof / M) for estimates at the limit of Cramer and Rao.
         assert error(solution, p) <= 1.5 * noise / p.oversampling**0.5
-        assert matrix_irls(p.entries, rank=2, rng=0).converged is False
+        assert matrix_irls(p.entries, rank=2, rng=0, decay=0.5).converged is False
 
 
 def test_gnmr_takes_the_truncation_of_its_tangent():
