@@ -66,6 +66,21 @@ def test_imputer_recovers_rows_seen_and_new(solver, dtype):
         assert error <= 4 * np.finfo(dtype).eps ** 0.25 * np.linalg.norm(truth[part][missing])
 
 
+def test_imputer_fits_rows_by_the_penalized_formula():
+    x = with_gaps(low_rank(60, 8, 2), 0.3)
+    imputer = LowRankImputer(rank=2, regularization=0.3).fit(x)
+    seen = ~np.isnan(x)
+    centered = np.where(seen, x - np.nanmean(x, axis=0), 0.0)
+    rms = np.linalg.norm(centered) / np.sqrt(seen.sum())
+    ridge = 0.3 * rms * seen.sum() / np.sqrt(x.size) * np.eye(2)
+    r = imputer.components_[:, [1, 4, 5]]
+    row = np.full(8, np.nan)
+    row[[1, 4, 5]] = [1.0, -2.0, 3.0]
+    scores = np.linalg.solve(r @ r.T + ridge, r @ (row - imputer.mean_)[[1, 4, 5]])
+    expected = np.where(np.isnan(row), imputer.mean_ + scores @ imputer.components_, row)
+    assert np.allclose(imputer.transform(row[None])[0], expected, rtol=1e-10)
+
+
 def test_imputer_edges():
     x = with_gaps(low_rank(30, 6, 1), 0.2)
     x[4] = np.nan
