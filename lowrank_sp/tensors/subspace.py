@@ -21,6 +21,7 @@ from lowrank_sp._arrays import (
     eps,
     frobenius,
     from_host,
+    inner,
     namespace,
     to_host,
 )
@@ -63,10 +64,12 @@ def leading_subspace(
     if rank is not None and rank > leading * trailing:
         u, _ = leading_subspace(x, mode, rank=leading * trailing, rng=rng)
         return complete(u, rank), 0.0
+    wide = n < leading * trailing
     # Below this length no Krylov space is cheaper than the Gram matrix (docs/which-svd.md).
-    if n < leading * trailing and n <= (512 if rank is None else 168 + 14 * rank):
+    if min(n, leading * trailing) <= (512 if rank is None else 168 + 14 * rank):
         found = _by_gram(x, mode, rank, allowed)
-        return found or _by_triangle(x, mode, rank, allowed)
+        if found or wide:
+            return found or _by_triangle(x, mode, rank, allowed)
     matrix = _unfolding(x, mode)
     size = frobenius(matrix)
     if rank is not None:
@@ -78,7 +81,7 @@ def leading_subspace(
     tol = allowed / size if size else 1.0
     if tol >= 1.0:
         return leading_subspace(x, mode, rank=1, rng=rng)
-    if 0 < tol < 4 * eps(x.dtype) ** 0.5 and n < leading * trailing:
+    if 0 < tol < 4 * eps(x.dtype) ** 0.5 and wide:
         return _by_triangle(x, mode, rank, allowed)
     f = truncated_svd(matrix, tol=tol or None, rng=rng)
     return f.u, float(f.error)
@@ -94,9 +97,12 @@ def lost(x: Array, mode: int, u: Array) -> float:
 
 
 def _by_gram(x: Array, mode: int, rank: int | None, allowed: float) -> tuple[Array, float] | None:
-    """By the Gram matrix of the mode, or None where squaring hides what is asked for."""
-    xp, n = namespace(x), x.shape[mode]
-    gram = mode_gram(x, mode)
+    """By the Gram matrix of the shorter side, or None where squaring hides what is asked for."""
+    xp = namespace(x)
+    leading, n, trailing = around(x.shape, mode)
+    tall = _unfolding(x, mode) if n > leading * trailing else None
+    gram = mode_gram(x, mode) if tall is None else inner(tall, tall)
+    n = gram.shape[0]
     values, vectors = xp.linalg.eigh(gram)
     energy = np.maximum(to_host(values)[::-1].astype(np.float64), 0.0)
     tails = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
@@ -107,15 +113,17 @@ def _by_gram(x: Array, mode: int, rank: int | None, allowed: float) -> tuple[Arr
     if rank is None and (k >= n or allowed**2 <= 50 * excess[k]):
         return None
     u = xp.astype(xp.flip(vectors, axis=1)[:, :k], x.dtype)
+    u = u if tall is None else xp.linalg.qr(tall @ u)[0]
     u, _ = fix_signs(u, u.mT)
     if k == n:
         return u, 0.0
     rounding = 10 * eps(x.dtype) * math.sqrt(k * tails[0])
-    if tails[k] > max(50 * excess[k], 100 * rounding**2):
+    sure = tails[k] > max(50 * excess[k], 100 * rounding**2)
+    if sure and tails[k] > 1e-8 * tails[0]:
         return u, math.sqrt(tails[k])
-    # Where nearly nothing is lost, it is measured.
+    # Where little is lost, it is measured.
     loss = lost(x, mode, u)
-    return (u, loss) if loss <= max(allowed, rounding) else None
+    return (u, loss) if sure or loss <= max(allowed, rounding) else None
 
 
 def _by_triangle(x: Array, mode: int, rank: int | None, allowed: float) -> tuple[Array, float]:
