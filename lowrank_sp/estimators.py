@@ -237,13 +237,13 @@ class RobustPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         self.n_iter_ = solution.n_iter
         return self
 
-    def transform(self, X: Any) -> np.ndarray:
+    def transform(self, X: Any) -> Any:
         """Scores of the rows of ``X``, of shape ``(n_samples, n_components)``."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=_DTYPES, reset=False)
         return _scores(X - self.center_.astype(X.dtype), self.components_.astype(X.dtype))
 
-    def inverse_transform(self, X: Any) -> np.ndarray:
+    def inverse_transform(self, X: Any) -> Any:
         """Rows that have the scores ``X``."""
         check_is_fitted(self)
         return X @ self.components_ + self.center_
@@ -305,11 +305,6 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def fit(self, X: Any, y: Any = None) -> TruncatedSVD:
         """Learn the components of ``X``."""
-        self.fit_transform(X, y)
-        return self
-
-    def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
-        """Learn the components of ``X``, and its coordinates."""
         del y
         X = validate_data(
             self,
@@ -329,15 +324,15 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         squares = X.multiply(X) if hasattr(X, "multiply") else X * X
         total = np.sum(np.maximum(np.asarray(squares.mean(axis=0)).ravel() - mean**2, 0.0))
         self.explained_variance_ratio_ = self.explained_variance_ / (total or 1.0)
-        return scores
+        return self
 
-    def transform(self, X: Any) -> np.ndarray:
+    def transform(self, X: Any) -> Any:
         """Coordinates of the rows of ``X``, of shape ``(n_samples, n_components)``."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=_DTYPES, accept_sparse=("csr", "csc"), reset=False)
         return X @ self.components_.T
 
-    def inverse_transform(self, X: Any) -> np.ndarray:
+    def inverse_transform(self, X: Any) -> Any:
         """Rows with the coordinates ``X``."""
         check_is_fitted(self)
         return X @ self.components_

@@ -113,13 +113,15 @@ def alternating_projections(
         within = adjoint(u) @ state.rest.right
         q_left, r_left = xp.linalg.qr(state.rest.right - u @ within)
         q_right, r_right = xp.linalg.qr(state.rest.left - adjoint(within @ vh))
-        old = _bordered(_diagonal(s, u), xp.zeros_like(r_left), xp.zeros_like(r_left))
+        diagonal = xp.eye(r, dtype=u.dtype, device=device(u)) * xp.astype(s, u.dtype)
+        old = _bordered(diagonal, xp.zeros_like(r_left), xp.zeros_like(r_left))
         core = old + _bordered(within, r_left, adjoint(r_right))
         a, sigma, bh = xp.linalg.svd(core, full_matrices=False)
         fall = max(decay ** (state.k + 1), 16 * eps(u.dtype))
         spectral = float(sigma[r]) + fall * float(sigma[0])
-        a, kept, bh = a[:, :r], _admitted(sigma[:r], spectral / 2), bh[:r, :]
-        moved = frobenius((a * _as(kept, u)) @ bh - old)
+        a, kept, bh = a[:, :r], sigma[:r], bh[:r, :]
+        kept = xp.where(kept > spectral / 2, kept, xp.zeros_like(kept))
+        moved = frobenius((a * xp.astype(kept, u.dtype)) @ bh - old)
         low_rank = SVD.canonical(
             xp.concat([u, q_left], axis=1) @ a, kept, bh @ xp.concat([vh, adjoint(q_right)], axis=0)
         )
@@ -353,11 +355,6 @@ class _Pursued(NamedTuple):
     missed: float  # ||D - L - S||_F
 
 
-def _admitted(s: Array, least: float) -> Array:
-    xp = namespace(s)
-    return xp.where(s > least, s, xp.zeros_like(s))
-
-
 def _prepared(
     data: Array,
     rank: int,
@@ -395,17 +392,8 @@ def _over_gram(x: Array) -> Array:
     return x @ from_host(np.linalg.inv(gram + damping * np.eye(len(gram))), x)
 
 
-def _diagonal(s: Array, like: Array) -> Array:
-    xp = namespace(like)
-    return xp.eye(s.shape[0], dtype=like.dtype, device=device(like)) * _as(s, like)
-
-
 def _bordered(a: Array, below: Array, beside: Array) -> Array:
     """``[[a, beside], [below, 0]]``."""
     xp = namespace(a)
     top = xp.concat([a, beside], axis=1)
     return xp.concat([top, xp.concat([below, xp.zeros_like(a)], axis=1)], axis=0)
-
-
-def _as(s: Array, like: Array) -> Array:
-    return namespace(like).astype(s, like.dtype)
