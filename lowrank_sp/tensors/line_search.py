@@ -18,7 +18,7 @@ from lowrank_sp.tensors.mttkrp import Rows, contracted, khatri_rao_rows
 
 
 def extrapolated(state: State, ridge: float = 0.0) -> tuple[State, Array, float]:
-    """``(state, first, fall)``: factors moved to the lowest point of the line, or left.
+    """Factors moved to the lowest point of the line, or left, as ``(state, first, fall)``.
 
     ``first`` is the product with which a sweep from there starts, and ``fall`` is by how much the
     objective fell.
