@@ -17,8 +17,9 @@ def spectrum(spectra: Mapping[str, Array], *, rank: int | None = None, ax: Any =
     Parameters
     ----------
     spectra : mapping from label to array
-        Singular values from large to small. More than eight lines share two colours and get no
-        legend.
+        Singular values from large to small; zeros are not drawn. Of more than eight lines, those
+        whose labels end alike (``q_proj`` of ``layers.0.q_proj``) share a colour and an entry of
+        the legend; of more than ten such kinds, all do.
     rank : int, optional
         Marked by a vertical line.
     ax : matplotlib Axes, optional
@@ -30,18 +31,29 @@ def spectrum(spectra: Mapping[str, Array], *, rank: int | None = None, ax: Any =
     """
     ax = _axes((7, 4.2)) if ax is None else ax
     many = len(spectra) > 8
-    for label, values in spectra.items():
+    kinds = [label.rsplit(".", 1)[-1] if many else label for label in spectra]
+    if len(set(kinds)) > 10:
+        kinds = ["all"] * len(kinds)
+    groups: dict[str, list[np.ndarray]] = {}
+    for kind, values in zip(kinds, spectra.values(), strict=True):
         s = to_host(values) if not isinstance(values, list) else np.asarray(values)
-        style = {"color": "C0", "alpha": 0.35, "linewidth": 1.0} if many else {"label": label}
-        ax.plot(np.arange(1, len(s) + 1), s, **style)
+        groups.setdefault(kind, []).append(s[s > 0])
+    for k, (kind, members) in enumerate(groups.items()):
+        label = kind if len(members) == 1 else f"{kind} ({len(members)})"
+        for s in members:
+            ax.plot(np.arange(1, len(s) + 1), s, color=f"C{k}", linewidth=1.2, label=label)
+            label = None
     if rank is not None:
-        ax.axvline(rank, color="C3", linestyle="--", linewidth=1.2, label=f"rank {rank}")
-    ax.set(xlabel="index", ylabel="singular value", yscale="log", xscale="log")
+        ax.axvline(rank, color="0.3", linestyle=":", linewidth=1.2, label=f"rank {rank}")
+    ax.set(xlabel="index", ylabel="singular value")
+    if any(len(s) for members in groups.values() for s in members):
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(True, which="major", alpha=0.25)
     if many:
         ax.set_title(f"{len(spectra)} layers", loc="left", fontsize=10)
-    if not many or rank is not None:
-        ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8)
     return ax
 
 

@@ -26,6 +26,23 @@ def test_spectrum(ax, xp):
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a", "b", "rank 2"]
 
 
+def test_spectra_of_many_layers_are_told_apart_by_kind():
+    s = 2.0 ** -np.arange(20)
+    axes = drawn(plot.spectrum({f"{i}.{k}": s for i in range(5) for k in "qv"}, rank=8), None)
+    lines = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert lines == {"q (5)", "v (5)", "rank 8"}
+    assert len({line.get_color() for line in axes.lines[:-1]}) == 2
+    assert [t.get_text() for t in axes.get_xticklabels()][1:6] == ["1", "2", "4", "8", "16"]
+    many = plot.spectrum({f"matrix {i}": s for i in range(30)})
+    assert [text.get_text() for text in many.get_legend().get_texts()] == ["all (30)"]
+
+
+def test_spectrum_of_zeros():
+    axes = drawn(plot.spectrum({"zero": np.zeros(3), "one": np.array([1.0, 0.0])}), None)
+    assert [len(line.get_ydata()) for line in axes.lines] == [0, 1]
+    drawn(plot.spectrum({"zero": np.zeros(3)}, rank=1), None)
+
+
 def test_phase_diagram(ax):
     records = [
         {"rank": rank, "share": share, "error": 1e-9 if trial < share * 4 else 0.1}
