@@ -56,9 +56,9 @@ for tol in tolerances:
 # A CP decomposition has no tolerance: the number of terms is given, and its error is computed.
 #
 # At errors of ten percent and more the three tensor formats need between a third and a twentieth of
-# the numbers that the SVD needs, whose pictures of all pixels are full size, and differ little among
-# themselves. At five percent and less the fine detail has nothing that is common to rows or columns
-# of pixels, and the SVD is as good.
+# the numbers that the SVD needs, whose pictures of all pixels are full size, and differ little
+# among themselves. At five percent and less the fine detail has nothing that is common to rows or
+# columns of pixels, and the SVD is as good.
 
 curves["CP (20 sweeps of ALS)"] = []
 for rank in (2, 5, 10, 20, 40, 80):
