@@ -143,7 +143,7 @@ class LowRankImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             stop=_STOP,
         )
 
-    def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
+    def _validated(self, X: Any, *, reset: bool) -> Any:
         return validate_data(
             self,
             X,
