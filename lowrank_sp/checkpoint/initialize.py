@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,6 @@ from lowrank_sp.checkpoint.peft import (
     check_number,
     check_pattern,
     pattern_value,
-    unmatched,
     write_adapter,
 )
 from lowrank_sp.checkpoint.report import REPORT, LayerReport, Report
@@ -172,15 +172,8 @@ def _sizes(
     layers: list[Layer], rank: Any, alpha: Any, rank_pattern: Any, alpha_pattern: Any
 ) -> list[tuple[int, float]]:
     """Rank and alpha of every layer."""
-    ranks = check_pattern(rank_pattern, "rank_pattern")
-    alphas = check_pattern(alpha_pattern, "alpha_pattern")
-    for what, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        idle = unmatched(pattern, (layer.name for layer in layers))
-        if idle:
-            raise CheckpointError(
-                f"{what} {idle[0]!r}: must match the end of a layer's name, such as "
-                f"{layers[0].name}, got no match"
-            )
+    ranks = _pattern(rank_pattern, "rank_pattern", layers)
+    alphas = _pattern(alpha_pattern, "alpha_pattern", layers)
     _check_rank(rank, max(layers, key=lambda layer: min(layer.shape)))
     scale = 1.0 if alpha is None else check_number(alpha, "alpha") / rank
     sizes = []
@@ -194,6 +187,17 @@ def _sizes(
             )
         sizes.append((own, float(own_alpha)))
     return sizes
+
+
+def _pattern(pattern: Any, what: str, layers: list[Layer]) -> dict[re.Pattern[str], Any]:
+    compiled = check_pattern(pattern, what)
+    for key, expression in zip(pattern or (), compiled, strict=True):
+        if not any(expression.match(layer.name) for layer in layers):
+            raise CheckpointError(
+                f"{what} {key!r}: must match the end of a layer's name, such as "
+                f"{layers[0].name}, got no match"
+            )
+    return compiled
 
 
 def _check_rank(rank: Any, layer: Layer) -> int:

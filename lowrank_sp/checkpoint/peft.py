@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -136,33 +136,25 @@ def check_number(value: Any, what: str) -> Any:
     return value
 
 
-def check_pattern(pattern: Any, what: str) -> Mapping[str, Any]:
-    """``pattern`` if it maps regular expressions to numbers, or an error; None is an empty one."""
-    if pattern is None:
-        return {}
-    if not isinstance(pattern, Mapping):
+def check_pattern(pattern: Any, what: str) -> dict[re.Pattern[str], Any]:
+    """Numbers by compiled regular expression for the end of a module name, as PEFT reads them.
+
+    ``what`` names the pattern in errors; None is an empty one.
+    """
+    if not isinstance(pattern, Mapping | None):
         raise CheckpointError(
             f"{what} must map regular expressions to numbers, got {type(pattern).__name__}"
         )
-    for key, value in pattern.items():
-        check_number(value, f"{what} of {key!r}")
+    compiled = {}
+    for key, value in (pattern or {}).items():
         try:
-            _matches(key, "")
-        except (re.error, TypeError) as error:
+            expression = re.compile(rf"(?:.*\.)?(?:{key})$")
+        except re.error as error:
             raise CheckpointError(f"{what} {key!r}: not a regular expression ({error})") from error
-    return pattern
+        compiled[expression] = check_number(value, f"{what} of {key!r}")
+    return compiled
 
 
-def unmatched(pattern: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Keys that match none of the names."""
-    names = list(names)
-    return [key for key in pattern if not any(_matches(key, name) for name in names)]
-
-
-def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The first entry whose key matches the end of a module name, as PEFT reads its patterns."""
-    return next((value for key, value in pattern.items() if _matches(key, name)), default)
-
-
-def _matches(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+def pattern_value(pattern: Mapping[re.Pattern[str], Any], name: str, default: Any) -> Any:
+    """The value of the first expression that matches a module name."""
+    return next((value for key, value in pattern.items() if key.match(name)), default)
