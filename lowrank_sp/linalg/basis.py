@@ -135,8 +135,14 @@ def orthonormalize_against(p: Array, z: Array, floor: float) -> tuple[Array, Arr
     The second round of projection and orthonormalization restores what small ``z`` lost. What it
     halves was rounding to begin with: it is dropped, like directions no longer than ``floor``.
     """
+    xp = namespace(p, z)
     q, first = orthonormalize(z, floor=floor)
-    q, second = orthonormalize(project_out(p, q), floor=0.5)
+    overlap = adjoint(p) @ q
+    q = q - p @ overlap
+    # The Gram matrix of q is now I - overlap^H overlap.
+    if overlap.shape[0] == 0 or float(xp.sum(abs(overlap) ** 2)) <= eps(q.dtype):
+        return q, first
+    q, second = orthonormalize(q, floor=0.5)
     return q, second @ first
 
 

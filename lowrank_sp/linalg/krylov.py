@@ -73,14 +73,16 @@ class _Search:
             k = self.wanted(theta)
             if k is None or k > basis.columns:
                 continue
-            target, rounding = self.target(theta[:k]), _rounding(theta[:k], self.unit)
-            residual = float(residuals(basis, theta[:k], vectors[:, :k]).max())
-            checks.append((basis.reads, residual, target))
+            theta, target = theta[:k], self.target(theta[:k])
+            rounding = _rounding(theta, self.unit)
+            bounds = residuals(basis, theta, vectors[:, :k]) + rounding
+            largest = float(bounds.max())
+            checks.append((basis.reads, largest, target))
             if rounding[-1] > target / 2:
                 break
-            if residual + rounding[-1] <= target and (
-                _copies(theta[:k], 2 * (residual + rounding[-1])) < basis.sketched
-                or residual < 1e-2 * target
+            if largest <= target and (
+                _displacement(theta, bounds, basis.sketched)[-1] <= target
+                or largest < 1e-2 * target
             ):
                 break
         return basis
@@ -162,8 +164,9 @@ def block_krylov(
     Notes
     -----
     A space grown from ``w`` random columns holds at most ``w`` copies of a repeated singular value.
-    So when ``w`` wanted values coincide within the tolerance, more random columns are added until
-    the copies are outnumbered; with probability one, none is missed.
+    So when ``w`` wanted values coincide within their bounds, and lie above the last one by more than
+    the tolerance, more random columns are added until the copies are outnumbered; with probability
+    one, none is missed.
 
     Where singular values are so graded that rounding in ``A^H A`` hides the residual, the method
     goes on with the residuals ``A^H u - s v`` themselves, at two reads a step.
@@ -186,10 +189,11 @@ def block_krylov(
             basis, found = search.polish(basis, search.wanted(found.s) or basis.columns)
         told = search.wanted(found.s)
         k = told or len(found.s)
-        spread = 2 * float(np.max(found.bounds, initial=0.0))
-        hidden = _copies(found.s, spread) >= basis.sketched
-        enough = told is not None and k <= len(found.s) and not hidden
-        if enough or basis.columns >= min(m, n):
+        whole = basis.columns >= min(m, n)
+        most = min(m, n) if whole else basis.sketched
+        displaced = _displacement(found.s, found.bounds, most)
+        hidden = float(np.max(displaced, initial=0.0)) > search.target(found.s)
+        if whole or (told is not None and k <= len(found.s) and not hidden):
             break
         if basis.reads >= max_reads:
             found = found._replace(converged=False)
@@ -198,6 +202,7 @@ def block_krylov(
         basis = inject(scaled, basis, width, rng)
         if basis.columns + basis.fresh.shape[1] == known:
             break
+    found = found._replace(bounds=found.bounds + displaced)
     svd = _finish(found, k, factor, 2 * search.unit, rng)
     return Krylov(svd, found.converged, basis.reads, basis.columns)
 
@@ -247,9 +252,17 @@ def _next_check(checks: list[tuple[int, float, float]]) -> float:
     return reads + max(1, min(int(ahead), reads // 4))
 
 
-def _copies(s: np.ndarray, spread: float) -> int:
-    """Most entries of ``s`` that lie within ``spread`` of one of them."""
-    return int(np.max(np.sum(np.abs(s[:, None] - s) <= spread, axis=0), initial=0))
+def _displacement(s: np.ndarray, bounds: np.ndarray, most: int) -> np.ndarray:
+    """How far each value may lie below the true one of its index, for want of copies.
+
+    The space holds at most ``most`` copies of a repeated value. ``most`` values in a row that their
+    bounds cannot tell apart may be such, and further copies would take the places of what follows.
+    """
+    if len(s) < most:
+        return np.zeros_like(s)
+    reach = np.lib.stride_tricks.sliding_window_view(bounds, most).max(axis=1)
+    alike = np.flatnonzero(s[: len(s) - most + 1] - s[most - 1 :] <= 2 * reach)
+    return np.maximum(s[alike[0]] - s, 0.0) if len(alike) else np.zeros_like(s)
 
 
 def _complete(q: Array, k: int, rng: np.random.Generator) -> Array:

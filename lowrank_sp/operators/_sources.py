@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -27,9 +28,8 @@ from lowrank_sp.operators._base import LinearOperator
 
 # Rows read at a time from data that is not multiplied in place.
 _BLOCK_BYTES = 2**25
-# Entries from which the compiled product pays: a matrix that fits in cache is multiplied as fast
-# by BLAS.
-_FUSED_SIZE = 2**23
+# Entries from which the compiled product pays: BLAS multiplies a matrix in the L2 cache as fast.
+_FUSED_SIZE = 2**19
 
 
 def as_operator(a: Any) -> LinearOperator:
@@ -85,6 +85,10 @@ class Dense(LinearOperator):
         return self.array @ x
 
     def rmatmul(self, x: Array) -> Array:
+        if self.one_read and 1 < x.shape[1] <= 8:
+            from lowrank_sp import _fused
+
+            return _fused.rmatmul(self.array, x)
         # x^H A reads A along its rows, which BLAS libraries do faster than A^H x.
         return adjoint(adjoint(x) @ self.array)
 
@@ -115,11 +119,16 @@ class Dense(LinearOperator):
 
 def _has_fused_product(a: Array) -> bool:
     """Whether the compiled product pays: a large NumPy array, and numba at hand."""
-    if not isinstance(a, np.ndarray) or a.size < _FUSED_SIZE or find_spec("numba") is None:
+    if not isinstance(a, np.ndarray) or a.size < _FUSED_SIZE or not _has_numba():
         return False
     from lowrank_sp import _fused
 
     return _fused.fits(a)
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 class Rows(LinearOperator):
