@@ -183,11 +183,11 @@ def inner(x: Array, y: Array) -> Array:
     if x.dtype == wide:
         return adjoint(x) @ y
     total = xp.zeros((x.shape[1], y.shape[1]), dtype=wide, device=device(x))
-    height = max(256, 2**21 // max(1, x.shape[1]))
+    height = max(256, 2**20 // max(1, x.shape[1]))
     for rows in slices(x.shape[0], height):
         a = xp.astype(x[rows, :], wide)
         b = a if y is x else xp.astype(y[rows, :], wide)
-        total = total + adjoint(a) @ b
+        total += adjoint(a) @ b
     return total
 
 

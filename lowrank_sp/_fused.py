@@ -206,23 +206,13 @@ def _fused(w, ld, width, edge, p, packed, y, sums, z, forward):
     _unpack(sums, z)
 
 
-def fits(w: np.ndarray) -> bool:
-    """Whether the compiled product takes ``w``: real, and contiguous along its rows."""
-    return (
-        w.dtype in (np.float32, np.float64)
-        and w.strides[1] == w.itemsize
-        and w.shape[0] >= ROWS
-        and w.shape[1] * w.itemsize >= LINE
-    )
-
-
 def normal(w: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``(w @ p, w.T @ w @ p)``.
 
     Parameters
     ----------
     w : array, shape (m, n)
-        One that :func:`fits`.
+        Real, contiguous along its rows, with at least 3 rows of at least 64 bytes.
     p : array, shape (n, b), of the dtype of ``w``
         With ``1 <= b <= 16``; the cost is that of the next multiple of 4.
 

@@ -381,7 +381,7 @@ def _eigenvectors(gram: Array, wanted: Wanted, index: slice | None) -> Array:
         from scipy.linalg import eigh
 
         _, vectors = eigh(
-            gram.conj().T,  # the same matrix, in the order in which LAPACK can overwrite it
+            adjoint(gram),  # the same matrix, in the order in which LAPACK can overwrite it
             subset_by_index=[index.start, index.stop - 1],
             overwrite_a=True,
             check_finite=False,

@@ -118,12 +118,16 @@ class Dense(LinearOperator):
 
 
 def _has_fused_product(a: Array) -> bool:
-    """Whether the compiled product pays: a large NumPy array, and numba at hand."""
-    if not isinstance(a, np.ndarray) or a.size < _FUSED_SIZE or not _has_numba():
-        return False
-    from lowrank_sp import _fused
-
-    return _fused.fits(a)
+    """Whether the compiled product pays and takes ``a``, and numba, not loaded here, is at hand."""
+    return (
+        isinstance(a, np.ndarray)
+        and a.size >= _FUSED_SIZE
+        and a.dtype in (np.float32, np.float64)
+        and a.strides[1] == a.itemsize
+        and a.shape[0] >= 3
+        and a.shape[1] * a.itemsize >= 64
+        and _has_numba()
+    )
 
 
 @cache
