@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lowrank_sp._arrays import (
     Array,
     adjoint,
+    dtype_name,
     eps,
     frobenius,
     is_complex,
@@ -181,6 +182,11 @@ class LowRank(Factored):
         if len(left) < 2 or len(left) != len(right) or left[-1] != right[-2]:
             raise ValueError(
                 f"factors must have shapes (..., m, r) and (..., r, n), got {left} and {right}"
+            )
+        if self.left.dtype != self.right.dtype:
+            raise TypeError(
+                f"factors must have one dtype, got {dtype_name(self.left.dtype)} and "
+                f"{dtype_name(self.right.dtype)}; cast one of them first"
             )
 
     def factors(self) -> tuple[Array, Array]:

@@ -244,6 +244,11 @@ ONE = np.ones((4, 2)), np.ones((2, 3))
             r"factors must have shapes \(..., m, r\) and \(..., r, n\), got \(4, 2\) and \(3, 5\)",
         ),
         (lambda: lr.LowRank(np.ones(4), np.ones((1, 5))), ValueError, "factors must have shapes"),
+        (
+            lambda: lr.LowRank(np.ones((4, 2), np.float32), np.ones((2, 5))),
+            TypeError,
+            "factors must have one dtype, got float32 and float64; cast one of them first",
+        ),
         (lambda: lr.LowRank(*ONE) + lr.LowRank(ONE[0], np.ones((2, 4))), ValueError, "be equal"),
         (lambda: lr.LowRank(*ONE)[1], TypeError, "index with slices, got 1; entries need"),
         (lambda: lr.LowRank(*ONE)[[0, 1]], TypeError, "index with slices"),

@@ -111,6 +111,7 @@ def check_operator(operator, a):
     assert_adjoint(operator)
     x, y = gaussian(n, 3, dtype=a.dtype), gaussian(m, 3, seed=1, dtype=a.dtype)
     both = operator.normal(bring(x))
+    sides = operator.two_sided(bring(x), bring(y))
     for product, expected in (
         (operator.matmul(bring(x)), a @ x),
         (operator.rmatmul(bring(y)), a.conj().T @ y),
@@ -124,6 +125,8 @@ def check_operator(operator, a):
         (operator.mT.to_dense(), a.T),
         (operator.mH.to_dense(), a.conj().T),
         (both[0], a @ x),
+        (sides[0], a @ x),
+        (sides[1], a.conj().T @ y),
         (both[1], a.conj().T @ (a @ x)),
     ):
         assert product.dtype == operator.dtype
@@ -156,7 +159,12 @@ def test_low_precision_is_read_by_rows(half):
     check_operator(operator, wide.astype(to_host(operator.to_dense()).dtype))
 
 
-def test_rows_are_read_once_by_normal():
+@pytest.mark.parametrize(
+    "product",
+    [lambda a, x, y: a.normal(x), lambda a, x, y: a.two_sided(x, y)],  # noqa: ARG005
+    ids=["normal", "two_sided"],
+)
+def test_rows_are_read_once(product):
     a, reads = dense(REAL), []
 
     def read(start, stop):
@@ -164,7 +172,7 @@ def test_rows_are_read_once_by_normal():
         return a[start:stop]
 
     operator = Rows(a.shape, read, like=a[:0, :0], rows=10)
-    operator.normal(np.ones((SHAPE[1], 2)))
+    product(operator, np.ones((SHAPE[1], 2)), np.ones((SHAPE[0], 3)))
     assert reads == [(0, 10), (10, 20), (20, 23)]
 
 

@@ -164,9 +164,10 @@ def block_krylov(
     Notes
     -----
     A space grown from ``w`` random columns holds at most ``w`` copies of a repeated singular value.
-    So when ``w`` wanted values coincide within their bounds, and lie above the last one by more than
-    the tolerance, more random columns are added until the copies are outnumbered; with probability
-    one, none is missed.
+    So when ``w`` wanted values coincide within their bounds, and lie above the last one by more
+    than the tolerance, more random columns are added until the copies are outnumbered; with
+    probability one, none is missed. Where further copies could only change values by less than the
+    tolerance, the search ends and the bounds widen by as much.
 
     Where singular values are so graded that rounding in ``A^H A`` hides the residual, the method
     goes on with the residuals ``A^H u - s v`` themselves, at two reads a step.

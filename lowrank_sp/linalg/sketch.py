@@ -197,7 +197,7 @@ def _least_squares(a: Array, b: Array) -> Array:
 def generalized_nystrom(
     a: Any, rank: int, *, oversampling: int | None = None, rng: RNG = None
 ) -> LowRank:
-    r"""Near-best approximation from a sketch on either side, without orthogonalizing a tall block.
+    r"""Near-best approximation from one read, without orthogonalizing a tall block.
 
     .. math:: A \approx (A X)\, (Y^H A X)^{+}\, (Y^H A)
 
@@ -223,7 +223,7 @@ def generalized_nystrom(
     generator = np.random.default_rng(rng)
     x = standard_normal((n, rank), like=operator.like, rng=generator)
     y = standard_normal((m, min(m, rank + extra)), like=operator.like, rng=generator)
-    columns, rows = operator.matmul(x), operator.rmatmul(y)
+    columns, rows = operator.two_sided(x, y)
     xp = namespace(columns)
     u, s, vh = xp.linalg.svd(adjoint(y) @ columns, full_matrices=False)
     keep = int(xp.sum(xp.astype(s > 10 * eps(s.dtype) * max_abs(s), xp.int32)))

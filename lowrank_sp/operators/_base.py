@@ -78,6 +78,10 @@ class LinearOperator(ABC):
         y = self.matmul(x)
         return y, self.rmatmul(y)
 
+    def two_sided(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """``(A @ x, A^H @ y)``, reading the data once where the operator can."""
+        return self.matmul(x), self.rmatmul(y)
+
     def sketch(self, width: int, rng: RNG = None) -> Array:
         """``A^H @ omega`` with ``width`` Gaussian columns of unit variance."""
         return self.rmatmul(standard_normal((self.shape[0], width), like=self.like, rng=rng))

@@ -196,6 +196,14 @@ class Rows(LinearOperator):
             z = z + adjoint(adjoint(parts[-1]) @ block)
         return self._stack(parts, x.shape[1]), z
 
+    def two_sided(self, x: Array, y: Array) -> tuple[Array, Array]:
+        z = namespace(x).zeros((self.shape[1], y.shape[1]), dtype=self.dtype, device=self.device)
+        parts = []
+        for start, block in self.row_blocks():
+            parts.append(block @ x)
+            z = z + adjoint(adjoint(y[start : start + block.shape[0], :]) @ block)
+        return self._stack(parts, x.shape[1]), z
+
     def _stack(self, parts: list[Array], width: int) -> Array:
         xp = namespace(self.like)
         empty = xp.zeros((0, width), dtype=self.dtype, device=self.device)
@@ -263,11 +271,15 @@ class Dask(LinearOperator):
         return np.concatenate(parts)
 
     def rmatmul(self, x: Array) -> Array:
-        edges = np.cumsum((0, *self.array.chunks[0]))
-        return self._compute(_block_rmatmul, [x[a:b] for a, b in pairwise(edges)])[1]
+        return self._compute(_block_rmatmul, self._rows_of(x))[1]
 
     def normal(self, x: Array) -> tuple[Array, Array]:
         parts, z = self._compute(_block_normal, [x] * self.array.numblocks[0])
+        return np.concatenate(parts), z
+
+    def two_sided(self, x: Array, y: Array) -> tuple[Array, Array]:
+        columns = [x] * self.array.numblocks[0]
+        parts, z = self._compute(_block_two_sided, columns, self._rows_of(y))
         return np.concatenate(parts), z
 
     def sketch(self, width: int, rng: RNG = None) -> Array:
@@ -287,16 +299,19 @@ class Dask(LinearOperator):
     def _blocks(self) -> list[Any]:
         return list(self.array.to_delayed()[:, 0])
 
-    def _compute(self, product: Callable, inputs: list[Any]) -> tuple[list[Array], Array]:
-        """``product(block, input)`` of every block: first results, sum of the second."""
+    def _rows_of(self, x: Array) -> list[Array]:
+        return [x[a:b] for a, b in pairwise(np.cumsum((0, *self.array.chunks[0])))]
+
+    def _compute(self, product: Callable, *inputs: list[Any]) -> tuple[list[Array], Array]:
+        """``product(block, *input)`` of every block: first results, sum of the second."""
         from dask.base import compute
         from dask.delayed import delayed
 
         # One task for an input that all blocks share.
-        shared = {id(x): delayed(x) for x in inputs}
+        shared = {id(x): delayed(x) for values in inputs for x in values}
         pairs = [
-            delayed(product, nout=2)(block, shared[id(x)])
-            for block, x in zip(self._blocks(), inputs, strict=True)
+            delayed(product, nout=2)(block, *(shared[id(x)] for x in values))
+            for block, *values in zip(self._blocks(), *inputs, strict=True)
         ]
         total = _tree_sum([z for _, z in pairs], delayed(_add))
         *parts, z = compute(*[y for y, _ in pairs], total)
@@ -333,6 +348,11 @@ def _block_normal(block: Array, x: Array) -> tuple[Array, Array]:
     block = as_compute(block)
     y = block @ x
     return y, adjoint(adjoint(y) @ block)
+
+
+def _block_two_sided(block: Array, x: Array, y: Array) -> tuple[Array, Array]:
+    block = as_compute(block)
+    return block @ x, adjoint(adjoint(y) @ block)
 
 
 def _block_norm(block: Array) -> float:
