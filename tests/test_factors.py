@@ -271,3 +271,11 @@ def test_repr():
     f = low_rank(9, 7, 3, dtype=np.float32)
     assert repr(f) == "LowRank(9 x 7, rank 3, float32)"
     assert repr(f.svd()) == "SVD(9 x 7, rank 3, float32)"
+
+
+def test_half_precision_is_computed_in_single():
+    left, right = gaussian(30, 3).astype(np.float16), gaussian(3, 20, seed=1).astype(np.float16)
+    f = lr.LowRank(left, right)
+    exact = np.linalg.norm(left.astype(float) @ right.astype(float))
+    assert f.norm() == pytest.approx(exact, rel=1e-5)
+    assert f.svd().u.dtype == np.float32

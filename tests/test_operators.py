@@ -282,3 +282,61 @@ def test_empty_rows_and_columns():
 
 def test_repr():
     assert repr(lr.as_operator(np.ones((3, 2)))) == "Dense(3 x 2, float64)"
+
+
+def test_repeated_entries_of_a_sparse_matrix_are_summed():
+    where = np.repeat(np.arange(5), 4)
+    data = np.repeat(1.0 / np.arange(1, 6) / 4, 4)
+    a = scipy.sparse.csr_array((data, where, np.arange(0, 21, 4)), shape=(5, 5))
+    operator = lr.as_operator(a)
+    assert operator.norm() == pytest.approx(np.linalg.norm(1.0 / np.arange(1, 6)))
+    assert not a.has_canonical_format
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e-310])
+def test_norms_at_extreme_scales(scale):
+    a = dense(REAL)
+    expected = np.linalg.norm(a)
+    rows = Rows(a.shape, lambda start, stop: a[start:stop] * scale, like=a[:0, :0], rows=7)
+    total = lr.as_operator(a * scale) + lr.as_operator(0 * a)
+    for operator in (rows, total, lr.as_operator(a * scale)):
+        assert abs(operator.norm() / scale - expected) <= 1e-12 * expected or scale < 1e-300
+
+
+def test_subnormal_norm():
+    assert lr.as_operator(np.full((3, 3), 1e-40, np.float32)).norm() == pytest.approx(3e-40)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda a: 1j * lr.as_operator(a), "cannot be multiplied by the complex number"),
+        (lambda a: 1j * lr.LowRank(a, a.T), "cannot be multiplied by the complex number"),
+        (
+            lambda a: lr.as_operator(a) + lr.as_operator(a.astype(complex)),
+            "one dtype, got float64 and complex128",
+        ),
+        (
+            lambda a: lr.as_operator(a) @ lr.as_operator(a.T.astype(np.float32)),
+            "one dtype, got float64 and float32",
+        ),
+    ],
+)
+def test_operators_of_different_kinds(call, text):
+    with pytest.raises(TypeError, match=text):
+        call(dense(REAL))
+
+
+def test_a_parameter_of_torch_is_read_without_its_history():
+    weight = torch.nn.Parameter(torch.ones(200, 150, dtype=torch.bfloat16))
+    f = lr.truncated_svd(weight, 2)
+    assert not f.u.requires_grad
+    assert float(f.s[0]) == pytest.approx((200 * 150) ** 0.5)
+
+
+def test_negated_views_of_torch():
+    z = torch.complex(torch.ones(120, 110), torch.arange(110.0) + torch.zeros(120, 1))
+    view = z.conj().imag
+    assert view.is_neg()
+    f = lr.truncated_svd(view, 1)
+    assert float(f.s[0]) == pytest.approx(float(torch.linalg.norm(view.resolve_neg())), rel=1e-5)

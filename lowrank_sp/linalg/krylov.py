@@ -61,17 +61,21 @@ class _Search:
     def target(self, s: np.ndarray) -> float:
         return max(self.tol * float(np.min(s, initial=math.inf)), 2 * self.unit)
 
-    def grow(self, basis: Basis) -> Basis:
-        """Expand until the recurrence shows convergence, or can show no more."""
+    def grow(self, basis: Basis, least: int) -> Basis:
+        """Expand, up to ``least`` reads at least, until the recurrence shows convergence, or can
+        show no more.
+        """  # noqa: D205
         checks: list[tuple[int, float, float]] = []
         while basis.fresh.shape[1] and basis.reads < self.max_reads:
             basis = expand(self.a, self._restarted(basis))
-            if basis.reads < _next_check(checks):
+            if basis.reads < max(least, _next_check(checks)):
                 continue
             theta, vectors = ritz(basis.gram)
             theta = np.sqrt(theta)
             k = self.wanted(theta)
             if k is None or k > basis.columns:
+                # The cost of looking grows faster than that of a read.
+                least = basis.reads + max(1, basis.reads // 8)
                 continue
             theta, target = theta[:k], self.target(theta[:k])
             rounding = _rounding(theta, self.unit)
@@ -98,21 +102,22 @@ class _Search:
 
     def extract(self, basis: Basis) -> Found:
         """Triplets with residuals from the recurrence: no read."""
-        k = self.wanted(np.sqrt(ritz(basis.gram)[0])) or basis.columns
-        u, s, v, small = triplets(basis, k)
+        u, s, v, small = triplets(basis, self.wanted)
+        k = len(s)
         bounds = residuals(basis, s, small) + _rounding(s, self.unit)
-        converged = len(s) == k and bool(np.all(bounds <= self.target(s)))
+        converged = self.wanted(s) == k and bool(np.all(bounds <= self.target(s)))
         return Found(u, s, v, bounds, converged)
 
-    def polish(self, basis: Basis, k: int) -> tuple[Basis, Found]:
+    def polish(self, basis: Basis) -> tuple[Basis, Found]:
         """Triplets with residuals ``A^H u - s v`` themselves, which also expand the basis."""
         xp = namespace(basis.p)
         while True:
-            u, s, v, _ = triplets(basis, k)
+            u, s, v, _ = triplets(basis, self.wanted)
             z = self.a.rmatmul(u) - v * from_host(s, v)
             residual = to_host(xp.linalg.vector_norm(z, axis=0)).astype(np.float64)
             z = project_out(basis.p, z)
             fresh, _ = orthonormalize_against(basis.p, z, 2 * self.unit)
+            fresh = fresh[:, : min(fresh.shape[1], min(self.a.shape) - basis.columns)]
             basis = replace(basis, fresh=fresh, reads=basis.reads + 1)
             converged = bool(np.all(residual <= self.target(s)))
             if converged or not fresh.shape[1] or basis.reads >= self.max_reads:
@@ -183,11 +188,15 @@ def block_krylov(
         max_columns or n,
         max_reads,
     )
+    least = steps = 0
+    polished = False
     while True:
-        basis = search.grow(basis)
+        basis = search.grow(basis, least)
         found = search.extract(basis)
-        if not found.converged and basis.reads < max_reads:
-            basis, found = search.polish(basis, search.wanted(found.s) or basis.columns)
+        if (polished or not found.converged) and basis.reads < max_reads:
+            # What a polished basis lacks is no longer known to the recurrence.
+            basis, found = search.polish(basis)
+            polished = True
         told = search.wanted(found.s)
         k = told or len(found.s)
         whole = basis.columns >= min(m, n)
@@ -196,13 +205,16 @@ def block_krylov(
         hidden = float(np.max(displaced, initial=0.0)) > search.target(found.s)
         if whole or (told is not None and k <= len(found.s) and not hidden):
             break
-        if basis.reads >= max_reads:
-            found = found._replace(converged=False)
-            break
-        known = basis.columns + basis.fresh.shape[1]
-        basis = inject(scaled, basis, width, rng)
+        known, steps = basis.columns + basis.fresh.shape[1], steps or basis.reads
+        if basis.reads < max_reads:
+            basis = inject(scaled, basis, width, rng)
         if basis.columns + basis.fresh.shape[1] == known:
+            found = found._replace(converged=found.converged and basis.reads < max_reads)
             break
+        # New columns bring out their copies in as many steps as the first ones did.
+        least = basis.reads + steps
+    if told is None:
+        found = found._replace(converged=False)
     found = found._replace(bounds=found.bounds + displaced)
     svd = _finish(found, k, factor, 2 * search.unit, rng)
     return Krylov(svd, found.converged, basis.reads, basis.columns)
@@ -215,7 +227,7 @@ def fixed_reads(a: LinearOperator, rank: int, *, width: int, reads: int, rng: RN
     while basis.reads < reads and basis.fresh.shape[1]:
         basis = expand(scaled, basis)
     unit = 5 * eps(a.dtype) * basis.size
-    u, s, v, small = triplets(basis, basis.columns)
+    u, s, v, small = triplets(basis, len)
     bounds = residuals(basis, s, small) + _rounding(s, unit)
     error = math.hypot(leave_one_out(basis), float(np.linalg.norm(s[rank:])))
     svd = _finish(Found(u, s, v, bounds, True), rank, factor, 2 * unit, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
@@ -17,6 +18,7 @@ from lowrank_sp._arrays import (
     adjoint,
     as_compute,
     compute_dtype,
+    detached,
     device,
     frobenius,
     is_array,
@@ -53,6 +55,7 @@ def as_operator(a: Any) -> LinearOperator:
     if is_array(a):
         if a.ndim != 2:
             raise ValueError(f"an operator needs a matrix, got an array of shape {tuple(a.shape)}")
+        a = detached(a)
         in_place = a.dtype == compute_dtype(namespace(a), a.dtype)
         return Dense(a) if in_place and not isinstance(a, np.memmap) else Rows.of_array(a)
     library = type(a).__module__.partition(".")[0]
@@ -210,7 +213,7 @@ class Rows(LinearOperator):
         return xp.concat([empty, *parts], axis=0)
 
     def norm(self) -> float:
-        return sum(frobenius(block) ** 2 for _, block in self.row_blocks()) ** 0.5
+        return math.hypot(*(frobenius(block) for _, block in self.row_blocks()))
 
     def to_dense(self) -> Array:
         return self._stack([block for _, block in self.row_blocks()], self.shape[1])
@@ -221,13 +224,18 @@ class Sparse(LinearOperator):
 
     def __init__(self, a: Any):
         super().__init__(a.shape, np.empty((0, 0), dtype=compute_dtype(np, a.dtype)))
-        self.matrix = a.tocsr().astype(self.dtype, copy=False)
+        matrix = a.tocsr().astype(self.dtype, copy=False)
+        if not matrix.has_canonical_format:
+            matrix = matrix.copy()
+            matrix.sum_duplicates()
+        self.matrix = matrix
 
     def matmul(self, x: Array) -> Array:
         return self.matrix @ x
 
     def rmatmul(self, x: Array) -> Array:
-        return self.matrix.T.conj() @ x
+        # conj() copies, of real matrices too.
+        return (self.matrix.conj() if is_complex(self.dtype) else self.matrix).T @ x
 
     def norm(self) -> float:
         return frobenius(self.matrix.data)
@@ -291,7 +299,7 @@ class Dask(LinearOperator):
         from dask.base import compute
         from dask.delayed import delayed
 
-        return sum(n**2 for n in compute(*map(delayed(_block_norm), self._blocks()))) ** 0.5
+        return math.hypot(*compute(*map(delayed(_block_norm), self._blocks())))
 
     def to_dense(self) -> Array:
         return self.array.compute().astype(self.dtype, copy=False)
