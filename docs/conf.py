@@ -17,7 +17,13 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build", "gallery/**/*.ipynb", "gallery/**/*.py", "gallery/**/*.zip"]
+exclude_patterns = [
+    "_build",
+    "_tables",
+    "gallery/**/*.ipynb",
+    "gallery/**/*.py",
+    "gallery/**/*.zip",
+]
 templates_path = ["_templates"]
 add_module_names = False
 toc_object_entries = False
@@ -59,6 +65,13 @@ html_sidebars = {
     "index": [],
     "quickstart": [],
     "which-svd": [],
+    "updates": [],
+    "train": [],
+    "completion": [],
+    "sensing": [],
+    "robust": [],
+    "denoise": [],
+    "tensors": [],
     "architecture": [],
     "cli": [],
     "benchmarks": [],

@@ -197,7 +197,7 @@ def inner(x: Array, y: Array) -> Array:
     library has no float64 (JAX by default, some devices) its own precision is used.
     """
     xp = namespace(x, y)
-    wide = _wide_dtype(xp, x.dtype)
+    wide = wide_dtype(xp, x.dtype)
     if x.dtype == wide:
         return adjoint(x) @ y
     total = xp.zeros((x.shape[1], y.shape[1]), dtype=wide, device=device(x))
@@ -209,7 +209,8 @@ def inner(x: Array, y: Array) -> Array:
     return total
 
 
-def _wide_dtype(xp: Any, dtype: Any) -> Any:
+def wide_dtype(xp: Any, dtype: Any) -> Any:
+    """Double precision of the kind of ``dtype``, or ``dtype`` where the library has none."""
     name = _WIDE.get(dtype_name(dtype))
     jax_without_x64 = "jax" in xp.__name__ and xp.asarray(1.0).dtype == xp.float32
     return dtype if name is None or jax_without_x64 else getattr(xp, name)

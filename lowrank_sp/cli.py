@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from lowrank_sp import checkpoint
+from lowrank_sp import __version__, checkpoint
 from lowrank_sp.adapters.initializers import INITIALIZERS
 from lowrank_sp.checkpoint import CheckpointError
 
@@ -25,7 +25,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Certified low-rank factorizations of model checkpoints.",
 )
 Method = StrEnum("Method", list(INITIALIZERS))
 
@@ -34,6 +33,24 @@ Targets = Annotated[str | None, typer.Option(help="Regular expression for the na
 Workers = Annotated[int, typer.Option(min=1, help="Layers to work on at a time.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lowrank-sp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Certified low-rank factorizations of model checkpoints."""
 
 
 @app.command()
@@ -101,11 +118,13 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print spectra, effective ranks and suggested ranks, layer by layer."""
+    if plot is not None:
+        checkpoint.check_figure(plot)
     with _progress("layers") as progress, _executor(workers) as executor:
         spectra = checkpoint.spectra(model, targets=targets, executor=executor, progress=progress)
     ranks = checkpoint.suggest_ranks(spectra, rank)
     if plot is not None:
-        _save_spectra({s.name: s.singular_values for s in spectra}, rank, plot)
+        checkpoint.save_spectra(spectra, rank, plot)
     content = {"layers": [asdict(s) for s in spectra], "rank_pattern": ranks}
     _print(content, as_json, lambda: _spectra_table(spectra, ranks, leading))
 
@@ -118,8 +137,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Initialize PiSSA on a small model made up on the spot, verify it, plot its spectra."""
-    report, outcome, spectra = checkpoint.run_demo(out, rank=rank, overwrite=overwrite)
-    _save_spectra({s.name: s.singular_values for s in spectra}, rank, out / "spectra.png")
+    report, outcome = checkpoint.run_demo(out, rank=rank, overwrite=overwrite)
     content = asdict(report) | {"passed": outcome.passed}
     _print(content, as_json, lambda: _report_table(report))
     _say(f"verified: {_verdict(outcome)}. Written to {out}: model/, pissa/, spectra.png")
@@ -151,10 +169,14 @@ def _print(content: dict[str, Any], as_json: bool, table: Callable[[], Table]) -
 def _read_patterns(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a JSON object ({error})") from error
+    content = checkpoint.read_object(path, "JSON object")
+    content.pop("layers", None)  # inspect --json has them beside its rank_pattern
+    unknown = sorted(content.keys() - {"rank_pattern", "alpha_pattern"})
+    if unknown:
+        raise CheckpointError(
+            f"{path}: keys must be rank_pattern and alpha_pattern, got {unknown[0]!r}"
+        )
+    return content
 
 
 @contextmanager
@@ -189,14 +211,10 @@ def _executor(workers: int) -> Iterator[Any]:
         yield executor
 
 
-def _save_spectra(spectra: dict[str, list[float]], rank: int, path: Path) -> None:
-    from lowrank_sp.plot import spectrum
-
-    spectrum(spectra, rank=rank).figure.savefig(path, dpi=150)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _table(*columns: str, caption: str | None = None) -> Table:
+    table = Table(
+        box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left"
+    )
     table.add_column(columns[0], no_wrap=True)
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
@@ -212,7 +230,11 @@ def _number(x: float | None, form: str) -> str:
 
 
 def _report_table(report: checkpoint.Report) -> Table:
-    table = _table("layer", "shape", "rank", "alpha", "sigma_1", "sigma_r", "energy", "bound", "ms")
+    table = _table(
+        *("layer", "shape", "rank", "alpha", "sigma_1", "sigma_r", "energy", "bound", "ms"),
+        caption="energy: share of ||W||_F^2 that the adapter takes over. "
+        "bound: certified error of its singular values, relative to sigma_1.",
+    )
     for row in report.layers:
         s = row.singular_values
         table.add_row(
@@ -232,6 +254,9 @@ def _report_table(report: checkpoint.Report) -> Table:
 def _verdict(outcome: checkpoint.Verification) -> str:
     if not outcome.fingerprint_matches:
         return "the model is not the one that was initialized"
+    if outcome.changed:
+        count = len(outcome.changed)
+        return f"{count} tensors without an adapter were changed, first {outcome.changed[0]}"
     failed = [layer.name for layer in outcome.layers if not layer.passed]
     if failed:
         return f"{len(failed)} of {len(outcome.layers)} layers do not add up, first {failed[0]}"
@@ -240,10 +265,14 @@ def _verdict(outcome: checkpoint.Verification) -> str:
 
 
 def _check_table(outcome: checkpoint.Verification) -> Table:
-    table = _table("layer", "error", "allowed", "")
+    table = _table(
+        *("layer", "error", "excess", ""),
+        caption="error: ||W - residual - scale up down||_F / ||W||_F. "
+        "excess: largest error of an entry, in units of what rounding explains.",
+    )
     for layer in outcome.layers:
         mark = "ok" if layer.passed else "FAILED"
-        table.add_row(layer.name, f"{layer.error:.1e}", f"{layer.allowed:.1e}", mark)
+        table.add_row(layer.name, f"{layer.error:.1e}", f"{layer.excess:.2g}", mark)
     table.add_row()
     table.add_row(_verdict(outcome))
     return table
@@ -253,7 +282,10 @@ def _spectra_table(
     spectra: list[checkpoint.LayerSpectrum], ranks: dict[str, int], leading: int
 ) -> Table:
     table = _table(
-        "layer", "shape", "spectrum", "effective", "stable", "50%", "90%", "99%", "suggested"
+        *("layer", "shape", "spectrum", "effective", "stable", "50%", "90%", "99%", "suggested"),
+        caption="effective rank: exponential of the entropy of the spectrum. "
+        "stable rank: ||W||_F^2 / ||W||_2^2. 50%, 90%, 99%: ranks that hold this share of "
+        "||W||_F^2. suggested: ranks for the budget of --rank.",
     )
     for s in spectra:
         table.add_row(

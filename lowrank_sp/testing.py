@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_sp._arrays import RNG, adjoint, eps, frobenius, is_array, namespace, standard_normal
+from lowrank_sp.factors import LowRank
 from lowrank_sp.linalg.spectrum import principal_angles
 from lowrank_sp.operators import LinearOperator, as_operator
 
@@ -39,6 +40,42 @@ def assert_adjoint(a: Any, *, columns: int = 3, rng: RNG = 0) -> None:
     size = frobenius(ax) * frobenius(y) + frobenius(x) * frobenius(ahy)
     bound = 100 * eps(operator.dtype) * size
     assert difference <= bound, f"<Ax, y> and <x, A^H y> differ by {difference:.2e} > {bound:.2e}"
+
+
+def assert_exact_adjoint(measurement: Any, *, rank: int = 2, rng: RNG = 0) -> None:
+    """Assert ``<A(X), y> == <X, A^*(y)>`` for a Gaussian ``X``, dense and as a product of factors.
+
+    Parameters
+    ----------
+    measurement : lowrank_sp.inverse.Measurement
+    rank : int
+        Rank of ``X``.
+    rng : int, Generator or None
+
+    Raises
+    ------
+    AssertionError
+        If the identity misses by more than the rounding of both sides, or shapes differ.
+    """
+    (m, n), like = measurement.shape, measurement.like
+    generator = np.random.default_rng(rng)
+    left = standard_normal((m, rank), like=like, rng=generator)
+    right = standard_normal((rank, n), like=like, rng=generator)
+    y = standard_normal((measurement.size,), like=like, rng=generator)
+    back = measurement.adjoint(y)
+    assert tuple(back.shape) == (m, n), f"A^*(y) has shape {back.shape}, expected {(m, n)}"
+    image = back.matmul(adjoint(right))
+    expected = adjoint(left) @ image
+    for x in (LowRank(left, right), left @ right):
+        ax = measurement.forward(x)
+        assert tuple(ax.shape) == (measurement.size,), f"A(X) has shape {tuple(ax.shape)}"
+        difference = abs(
+            complex(adjoint(ax[:, None])[0, :] @ y)
+            - complex(namespace(left).linalg.trace(expected))
+        )
+        size = frobenius(ax) * frobenius(y) + frobenius(left) * frobenius(image)
+        bound = 100 * eps(like.dtype) * size
+        assert difference <= bound, f"<A(X), y> and <X, A^*(y)> differ by {difference:.2e}"
 
 
 def assert_same_product(a: Any, b: Any, *, tol: float | None = None) -> None:

@@ -108,6 +108,21 @@ def test_conv1d_weights_of_gpt2(tmp_path):
     assert_same_outputs(actual, expected, depth=2)
 
 
+def test_float64_models_keep_their_digits_in_peft(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=96, n_layer=2, n_head=2, vocab_size=50, n_positions=16)
+    model = GPT2Model(config).double().eval()
+    model.save_pretrained(tmp_path / "model")
+    checkpoint.initialize(tmp_path / "model", "pissa", tmp_path / "out", rank=8, alpha=12)
+    residual = GPT2Model.from_pretrained(tmp_path / "out" / "base", dtype=torch.float64)
+    adapted = PeftModel.from_pretrained(residual, str(tmp_path / "out" / "adapter")).eval()
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        expected, actual = model(tokens)[0], adapted(tokens)[0]
+    error = torch.linalg.norm(actual - expected) / torch.linalg.norm(expected)
+    assert error <= 100 * torch.finfo(torch.float64).eps
+
+
 def test_demo_model_is_a_llama(tmp_path):
     from transformers import LlamaForCausalLM
 

@@ -7,19 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_sp.checkpoint.initialize import Report, initialize
-from lowrank_sp.checkpoint.output import atomic_directory
-from lowrank_sp.checkpoint.spectra import LayerSpectrum, spectra
+from lowrank_sp.checkpoint.initialize import initialize
+from lowrank_sp.checkpoint.output import atomic_directory, holds_report
+from lowrank_sp.checkpoint.report import Report
+from lowrank_sp.checkpoint.spectra import save_spectra, spectra
 from lowrank_sp.checkpoint.verify import Verification, verify
 
+_CONTENT = {"model", "pissa", "spectra.png"}
+# Outputs and inputs in units of the width; the largest singular value and its decay.
 _LAYERS = {
-    "self_attn.q_proj": (1, 1),
-    "self_attn.k_proj": (1, 1),
-    "self_attn.v_proj": (1, 1),
-    "self_attn.o_proj": (1, 1),
-    "mlp.gate_proj": (3, 1),
-    "mlp.up_proj": (3, 1),
-    "mlp.down_proj": (1, 3),
+    "self_attn.q_proj": (1, 1, 12.0, 0.9),
+    "self_attn.k_proj": (1, 1, 10.0, 0.8),
+    "self_attn.v_proj": (1, 1, 4.0, 0.35),
+    "self_attn.o_proj": (1, 1, 5.0, 0.5),
+    "mlp.gate_proj": (3, 1, 9.0, 0.6),
+    "mlp.up_proj": (3, 1, 6.0, 0.45),
+    "mlp.down_proj": (1, 3, 7.0, 0.7),
 }
 
 
@@ -68,8 +71,9 @@ def write_demo_model(
     }
     for i in range(layers):
         prefix = f"model.layers.{i}."
-        for name, (rows, columns) in _LAYERS.items():
-            weight = transformer_like(rows * hidden, columns * hidden, rng)
+        for name, (rows, columns, top, decay) in _LAYERS.items():
+            m, n = rows * hidden, columns * hidden
+            weight = transformer_like(m, n, rng, top=top, decay=decay)
             tensors[f"{prefix}{name}.weight"] = weight
         tensors[f"{prefix}input_layernorm.weight"] = np.ones(hidden, np.float32)
         tensors[f"{prefix}post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
@@ -92,10 +96,21 @@ def write_demo_model(
 
 def run_demo(
     out: str | Path, *, rank: int = 16, overwrite: bool = False
-) -> tuple[Report, Verification, list[LayerSpectrum]]:
-    """Write a demo model into ``out/model``, initialize PiSSA into ``out/pissa`` and verify it."""
-    out = Path(out)
-    with atomic_directory(out / "model", overwrite=overwrite) as folder:
-        write_demo_model(folder)
-    report = initialize(out / "model", "pissa", out / "pissa", rank=rank, overwrite=overwrite)
-    return report, verify(out / "pissa", out / "model"), spectra(out / "model")
+) -> tuple[Report, Verification]:
+    """Initialize PiSSA on a demo model and verify it.
+
+    ``out``, which appears whole or not at all, gets ``model/``, ``pissa/`` and ``spectra.png``.
+    """
+    with atomic_directory(out, overwrite=overwrite, ours=_is_demo) as folder:
+        model, pissa = folder / "model", folder / "pissa"
+        model.mkdir()
+        write_demo_model(model)
+        report = initialize(model, "pissa", pissa, rank=rank)
+        outcome = verify(pissa, model)
+        save_spectra(spectra(model), rank, folder / "spectra.png")
+    return report, outcome
+
+
+def _is_demo(folder: Path) -> bool:
+    names = {item.name for item in folder.iterdir()}
+    return names == _CONTENT and holds_report(folder / "pissa")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+import operator
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,74 +16,24 @@ import numpy as np
 from lowrank_sp._arrays import frobenius
 from lowrank_sp.adapters.initializers import INITIALIZERS, Initialization
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
-from lowrank_sp.checkpoint.output import atomic_directory
-from lowrank_sp.checkpoint.peft import AdapterLayer, pattern_value, write_adapter
-from lowrank_sp.checkpoint.tasks import Executor, run
+from lowrank_sp.checkpoint.output import atomic_directory, final_path
+from lowrank_sp.checkpoint.peft import (
+    AdapterLayer,
+    check_number,
+    check_pattern,
+    pattern_value,
+    unmatched,
+    write_adapter,
+)
+from lowrank_sp.checkpoint.report import REPORT, LayerReport, Report
 from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.factors import check_rank
+from lowrank_sp.tasks import Executor, run
 
-REPORT = "report.json"
+# A smaller or larger update has no digits in common with the weight in float32.
+_SCALES = (1e-7, 1e7)
 # Weights in other formats would contradict the residual base beside them.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer.
-
-    Attributes
-    ----------
-    name : str
-    shape : (int, int)
-        Outputs by inputs.
-    rank : int
-    alpha : float
-    singular_values : list of float
-        Those the adapter was made of; empty where the method uses none.
-    energy : float or None
-        Their share of ``||W||_F^2``.
-    bound : float or None
-        Certified error of every one of them, relative to the largest.
-    seconds : float
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rank: int
-    alpha: float
-    singular_values: list[float]
-    energy: float | None
-    bound: float | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`initialize` did, as it stands in ``report.json``."""
-
-    method: str
-    rank: int
-    alpha: float
-    seed: int
-    tol: float | None
-    version: str
-    model: str
-    fingerprint: str
-    base: str
-    layers: list[LayerReport]
-
-    def save(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Report:
-        """Read what :meth:`save` wrote."""
-        try:
-            fields = json.loads(path.read_text())
-            layers = [LayerReport(**layer) for layer in fields.pop("layers")]
-            return cls(layers=layers, **fields)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a readable report ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -141,8 +92,8 @@ def initialize(
     targets : str, optional
         Regular expression for the names of layers; by default all linear layers.
     rank_pattern, alpha_pattern : mapping from regular expression to number, optional
-        Exceptions for layers whose name ends with a match. A layer with its own rank but no own
-        alpha keeps the scale ``alpha / rank`` of the others.
+        Exceptions for layers whose name ends with a match; every one must match a layer. A layer
+        with its own rank but no own alpha keeps the scale ``alpha / rank`` of the others.
     fan_in_fan_out : bool, optional
         Whether weights are stored inputs by outputs; by default what the model's configuration
         implies (GPT-2).
@@ -151,7 +102,7 @@ def initialize(
     tol : float, optional
         Accuracy of the singular triplets, for methods that use them.
     overwrite : bool
-        Whether to replace ``out``.
+        Whether to replace ``out``, if it is empty or holds the report of an earlier run.
     executor : Executor, optional
         Where to factorize: any executor with ``submit``, with access to the files of ``model``.
     ahead : int
@@ -171,24 +122,18 @@ def initialize(
     """
     from lowrank_sp import __version__
 
-    if method not in INITIALIZERS:
-        raise CheckpointError(f"method must be one of {', '.join(INITIALIZERS)}, got {method!r}")
     checkpoint = Checkpoint(model)
     layers = checkpoint.layers(targets, fan_in_fan_out=fan_in_fan_out)
-    scale = (rank if alpha is None else alpha) / rank if rank > 0 else 1.0
-    options = {"tol": tol} if method == "pissa" else {}
-    seeds = np.random.SeedSequence(seed).spawn(len(layers))
-    tasks = []
-    for layer, child in zip(layers, seeds, strict=True):
-        own = pattern_value(rank_pattern, layer.name, rank)
-        own_alpha = pattern_value(alpha_pattern, layer.name, scale * own)
-        if not 1 <= own <= min(layer.shape):
-            raise CheckpointError(
-                f"{layer.name}: rank must be in 1..{min(layer.shape)} for shape "
-                f"{layer.shape[0]} x {layer.shape[1]}, got {own}"
-            )
-        tasks.append(_Task(layer, INITIALIZERS[method], own, own_alpha, child, options))
-    with atomic_directory(out, overwrite=overwrite) as folder:
+    sizes = _sizes(layers, rank, alpha, rank_pattern, alpha_pattern)
+    options = _options(method, tol)
+    tasks = [
+        _Task(layer, INITIALIZERS[method], own, own_alpha, child, options)
+        for layer, (own, own_alpha), child in zip(
+            layers, sizes, _seeds(seed, len(layers)), strict=True
+        )
+    ]
+    inputs = [checkpoint.path, *checkpoint.files]
+    with atomic_directory(out, overwrite=overwrite, inputs=inputs) as folder:
         adapters, rows = {}, []
         base = _Base(checkpoint, folder / "base")
         for done in run(_initialize_layer, tasks, executor, ahead):
@@ -199,7 +144,7 @@ def initialize(
             if progress is not None:
                 progress(len(rows), len(tasks), done.layer.name)
             del done  # or its residual would stay while the next layer is computed
-        final = Path(out).absolute() / "base" if base.changed else Path(model).absolute()
+        final = final_path(folder / "base" if base.changed else checkpoint.path)
         (folder / "adapter").mkdir()
         write_adapter(
             folder / "adapter",
@@ -209,18 +154,71 @@ def initialize(
         )
         report = Report(
             method=method,
-            rank=rank,
-            alpha=scale * rank,
+            rank=int(rank),
+            alpha=float(rank if alpha is None else alpha),
             seed=seed,
             tol=tol,
             version=__version__,
-            model=str(Path(model).absolute()),
+            model=str(final_path(checkpoint.path)),
             fingerprint=checkpoint.fingerprint(),
             base="base" if base.changed else str(final),
             layers=rows,
         )
         report.save(folder / REPORT)
     return report
+
+
+def _sizes(
+    layers: list[Layer], rank: Any, alpha: Any, rank_pattern: Any, alpha_pattern: Any
+) -> list[tuple[int, float]]:
+    """Rank and alpha of every layer."""
+    ranks = check_pattern(rank_pattern, "rank_pattern")
+    alphas = check_pattern(alpha_pattern, "alpha_pattern")
+    for what, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        idle = unmatched(pattern, (layer.name for layer in layers))
+        if idle:
+            raise CheckpointError(
+                f"{what} {idle[0]!r}: must match the end of a layer's name, such as "
+                f"{layers[0].name}, got no match"
+            )
+    _check_rank(rank, max(layers, key=lambda layer: min(layer.shape)))
+    scale = 1.0 if alpha is None else check_number(alpha, "alpha") / rank
+    sizes = []
+    for layer in layers:
+        own = _check_rank(pattern_value(ranks, layer.name, rank), layer)
+        own_alpha = pattern_value(alphas, layer.name, scale * own)
+        if not _SCALES[0] <= own_alpha / own <= _SCALES[1]:
+            raise CheckpointError(
+                f"{layer.name}: alpha must be positive, with alpha / rank in "
+                f"{_SCALES[0]:.0e}..{_SCALES[1]:.0e}, got alpha {own_alpha:g} for rank {own}"
+            )
+        sizes.append((own, float(own_alpha)))
+    return sizes
+
+
+def _check_rank(rank: Any, layer: Layer) -> int:
+    try:
+        return check_rank(rank, min(layer.shape), layer.shape)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{layer.name}: {error}") from error
+
+
+def _options(method: str, tol: float | None) -> dict[str, Any]:
+    if method not in INITIALIZERS:
+        raise CheckpointError(f"method must be one of {', '.join(INITIALIZERS)}, got {method!r}")
+    if tol is None:
+        return {}
+    takers = [n for n, f in INITIALIZERS.items() if "tol" in inspect.signature(f).parameters]
+    if method not in takers:
+        raise CheckpointError(f"tol is for {', '.join(takers)} only, got tol {tol} for {method}")
+    return {"tol": check_number(tol, "tol")}
+
+
+def _seeds(seed: Any, count: int) -> list[np.random.SeedSequence]:
+    try:
+        return np.random.SeedSequence(operator.index(seed)).spawn(count)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"seed must be a non-negative integer, got {seed!r}") from error
 
 
 class _Base:
@@ -264,13 +262,14 @@ def _initialize_layer(task: _Task) -> _Done:
         norm = frobenius(weight)
         if not np.isfinite(norm):
             raise ValueError("the weight must be finite, got NaN or infinite entries")
-        start = task.method(
-            weight,
-            task.rank,
-            alpha=task.alpha,
-            rng=np.random.default_rng(task.seed),
-            **task.options,
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # found when the residual is encoded
+            start = task.method(
+                weight,
+                task.rank,
+                alpha=task.alpha,
+                rng=np.random.default_rng(task.seed),
+                **task.options,
+            )
     except ValueError as error:
         raise CheckpointError(f"{layer.name}: {error}") from error
     stored = None
@@ -282,7 +281,6 @@ def _initialize_layer(task: _Task) -> _Done:
         values = [float(s) for s in start.svd.s]
         energy = float(start.svd.norm() / norm) ** 2 if norm else 1.0
         bound = float(np.max(start.svd.bounds)) / values[0] if values[0] else 0.0
-    up, down = (np.asarray(f, dtype=np.float32) for f in (start.up, start.down))
     report = LayerReport(
         layer.name,
         layer.shape,
@@ -293,4 +291,4 @@ def _initialize_layer(task: _Task) -> _Done:
         bound,
         time.perf_counter() - started,
     )
-    return _Done(layer, AdapterLayer(up, down, start.scale), stored, report)
+    return _Done(layer, AdapterLayer(start.up, start.down, start.scale), stored, report)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header
+from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header, read_object
 
 _INDEX = "model.safetensors.index.json"
 # Architectures whose linear layers are Conv1D modules, which store inputs by outputs.
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl"}
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl")
 _CONV1D_LAYERS = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 # Matrices that are not linear layers: tables of vectors, and output heads tied to them.
 _NOT_LINEAR = re.compile(
@@ -79,10 +79,12 @@ class Checkpoint:
         index = self.path / _INDEX
         if not index.is_file():
             return None
-        try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a readable index ({error})") from error
+        where = read_object(index, "index").get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
+            raise CheckpointError(
+                f"{index}: not a readable index, weight_map must give a file name for every tensor"
+            )
+        return where
 
     def _weight_files(self) -> list[Path]:
         if self.path.is_file():
@@ -115,26 +117,21 @@ class Checkpoint:
         return path
 
     @cached_property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """``config.json``, or an empty dictionary."""
         path = self.path / "config.json"
-        if not path.is_file():
-            return {}
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        return read_object(path, "config") if path.is_file() else {}
 
     def layers(
         self, targets: str | None = None, *, fan_in_fan_out: bool | None = None
     ) -> list[Layer]:
-        """Linear layers, sorted by name.
+        """Linear layers, sorted by name: weights that are matrices with at least one entry.
 
         Parameters
         ----------
         targets : str, optional
-            A regular expression, searched for in the names of the layers. By default all
-            two-dimensional weights but embeddings and output heads.
+            A regular expression, searched for in the names of the layers. By default all but
+            embeddings and output heads.
         fan_in_fan_out : bool, optional
             Whether weights are stored inputs by outputs; by default what the configuration's
             ``model_type`` implies.
@@ -144,10 +141,11 @@ class Checkpoint:
         CheckpointError
             If nothing matches, or the model is stored quantized.
         """
-        if "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method", "unknown")
+        quantized = self.config.get("quantization_config")
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise CheckpointError(
-                f"{self.path}: the model is stored quantized ({method}); "
+                f"{self.path}: the model is stored quantized ({method or 'unknown'}); "
                 "dequantize it to bf16 first"
             )
         try:
@@ -156,21 +154,31 @@ class Checkpoint:
             raise CheckpointError(
                 f"targets {targets!r}: not a regular expression ({error})"
             ) from error
-        layers = []
-        for name, tensor in sorted(self.tensors.items()):
-            module = name.removesuffix(".weight")
-            if module == name or len(tensor.shape) != 2:
-                continue
-            if pattern.search(module) if pattern else not _NOT_LINEAR.search(module):
-                tensor.check_floating()
-                layers.append(Layer(module, tensor, self._is_transposed(module, fan_in_fan_out)))
-        if not layers:
-            some = [n for n, t in sorted(self.tensors.items()) if len(t.shape) == 2][:3]
-            raise CheckpointError(
-                f"targets {targets!r} match no linear layer of {self.path}; "
-                f"it has for example {', '.join(some) or 'no matrix'}"
-            )
-        return layers
+        names = [
+            name.removesuffix(".weight")
+            for name, tensor in sorted(self.tensors.items())
+            if name.endswith(".weight") and len(tensor.shape) == 2 and 0 not in tensor.shape
+        ]
+        chosen = [n for n in names if (pattern.search(n) if pattern else not _NOT_LINEAR.search(n))]
+        if not chosen:
+            which = f"targets {targets!r} match no linear layer" if targets else "no linear layer"
+            some = f"for example {', '.join(names[:3])}" if names else "none"
+            raise CheckpointError(f"{self.path}: {which}; its matrices: {some}")
+        return [self.layer(name, fan_in_fan_out=fan_in_fan_out) for name in chosen]
+
+    def layer(self, name: str, *, fan_in_fan_out: bool | None = None) -> Layer:
+        """The linear layer of that name.
+
+        Raises
+        ------
+        CheckpointError
+            If there is none, or its storage cannot be computed with.
+        """
+        tensor = self.tensors.get(f"{name}.weight")
+        if tensor is None or len(tensor.shape) != 2:
+            raise CheckpointError(f"{self.path}: no linear layer {name}")
+        tensor.check_floating()
+        return Layer(name, tensor, self._is_transposed(name, fan_in_fan_out))
 
     def _is_transposed(self, module: str, fan_in_fan_out: bool | None) -> bool:
         if fan_in_fan_out is not None:
@@ -183,13 +191,6 @@ class Checkpoint:
         total = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             total.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
-            with tensor.path.open("rb") as file:
-                file.seek(tensor.start)
-                left = tensor.stop - tensor.start
-                while left:
-                    block = file.read(min(left, 2**24))
-                    if not block:
-                        raise CheckpointError(f"{tensor.path}: truncated inside {name}")
-                    total.update(block)
-                    left -= len(block)
+            for block in tensor.blocks():
+                total.update(block)
         return f"sha256:{total.hexdigest()}"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank_sp.checkpoint.tensors import CheckpointError, read_header
+from lowrank_sp.checkpoint.tensors import CheckpointError, read_header, read_object
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -92,41 +93,76 @@ def read_adapter(path: str | Path) -> dict[str, AdapterLayer]:
     Raises
     ------
     CheckpointError
-        If a file is missing or unreadable, a factor has no partner, or the adapter is not LoRA.
+        If a file is missing or unreadable, or holds anything but pairs of LoRA factors.
     """
     path = Path(path)
-    try:
-        config = json.loads((path / _CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path / _CONFIG}: not a readable adapter config ({error})"
-        ) from error
+    config = read_object(path / _CONFIG, "adapter config")
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise CheckpointError(
             f"{path}: expected a plain LoRA adapter, got {config.get('peft_type')}"
         )
+    alphas = check_pattern(config.get("alpha_pattern"), "alpha_pattern")
+    default = check_number(config.get("lora_alpha", 8), "lora_alpha")
     tensors = read_header(path / _WEIGHTS)
-    layers = {}
-    for key, tensor in sorted(tensors.items()):
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_A\.weight", key)
+    names = set()
+    for key in tensors:
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_[AB]\.weight", key)
         if match is None:
-            continue
-        name = match[1]
-        partner = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if partner is None:
-            raise CheckpointError(f"{path / _WEIGHTS}: {name} has lora_A but no lora_B")
-        rank = tensor.shape[0]
-        alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        layers[name] = AdapterLayer(partner.read(), tensor.read(), scale)
-    if not layers:
+            raise CheckpointError(f"{path / _WEIGHTS}: {key} is not a factor of plain LoRA")
+        names.add(match[1])
+    if not names:
         raise CheckpointError(f"{path / _WEIGHTS}: no lora_A weights")
+    layers = {}
+    for name in sorted(names):
+        down, up = (tensors.get(f"{_PREFIX}{name}.lora_{part}.weight") for part in "AB")
+        if down is None or up is None:
+            raise CheckpointError(f"{path / _WEIGHTS}: {name} lacks one of lora_A and lora_B")
+        if len(down.shape) != 2 or len(up.shape) != 2 or not up.shape[1] == down.shape[0] > 0:
+            raise CheckpointError(
+                f"{path / _WEIGHTS}: the factors of {name} do not fit, "
+                f"got lora_B {up.shape} and lora_A {down.shape}"
+            )
+        rank = down.shape[0]
+        alpha = pattern_value(alphas, name, default)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        layers[name] = AdapterLayer(up.read(), down.read(), scale)
     return layers
 
 
-def pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The entry whose key matches the end of a module name, as PEFT reads its patterns."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+def check_number(value: Any, what: str) -> Any:
+    """``value`` if it is a real number, or an error."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise CheckpointError(f"{what} must be a number, got {value!r}")
+    return value
+
+
+def check_pattern(pattern: Any, what: str) -> Mapping[str, Any]:
+    """``pattern`` if it maps regular expressions to numbers, or an error; None is an empty one."""
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, Mapping):
+        raise CheckpointError(
+            f"{what} must map regular expressions to numbers, got {type(pattern).__name__}"
+        )
+    for key, value in pattern.items():
+        check_number(value, f"{what} of {key!r}")
+        try:
+            _matches(key, "")
+        except (re.error, TypeError) as error:
+            raise CheckpointError(f"{what} {key!r}: not a regular expression ({error})") from error
+    return pattern
+
+
+def unmatched(pattern: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Keys that match none of the names."""
+    names = list(names)
+    return [key for key in pattern if not any(_matches(key, name) for name in names)]
+
+
+def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The first entry whose key matches the end of a module name, as PEFT reads its patterns."""
+    return next((value for key, value in pattern.items() if _matches(key, name)), default)
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
-from lowrank_sp.checkpoint.tasks import Executor, run
 from lowrank_sp.checkpoint.tensors import CheckpointError
 from lowrank_sp.linalg.spectrum import effective_rank, energy_rank, gavish_donoho_rank, stable_rank
 from lowrank_sp.linalg.svd import singular_values
+from lowrank_sp.tasks import Executor, run
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,33 @@ def suggest_ranks(spectra: list[LayerSpectrum], rank: int) -> dict[str, int]:
     budget -= sum(prices.values())
     gains = []
     for s in spectra:
-        total = sum(x * x for x in s.singular_values) or 1.0
-        for k, x in enumerate(s.singular_values[1:], start=2):
-            gains.append((-x * x / total / prices[s.name], s.name, k))
+        largest = s.singular_values[0] or 1.0
+        energies = [(x / largest) ** 2 for x in s.singular_values]
+        total = sum(energies) or 1.0
+        for k, x in enumerate(energies[1:], start=2):
+            gains.append((-x / total / prices[s.name], s.name, k))
     for _, name, k in sorted(gains):
         if prices[name] <= budget and ranks[name] == k - 1:
             ranks[name] = k
             budget -= prices[name]
     return ranks
+
+
+def check_figure(path: Path) -> None:
+    """Raise CheckpointError unless a figure can be saved under that name."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise CheckpointError(f"{path}: a figure must end in .{', .'.join(sorted(kinds))}")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: no such directory to save the figure in")
+
+
+def save_spectra(spectra: list[LayerSpectrum], rank: int, path: Path) -> None:
+    """Draw the spectra of a checkpoint into a file of a kind that matplotlib writes."""
+    from lowrank_sp.plot import spectrum
+
+    check_figure(path)
+    axes = spectrum({s.name: s.singular_values for s in spectra}, rank=rank)
+    axes.figure.savefig(path, dpi=150)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +21,31 @@ _SIZES = {
 
 class CheckpointError(ValueError):
     """A checkpoint, an adapter or an option that cannot be worked with."""
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object that a file holds; ``what`` says in errors what it should be.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, or holds anything else.
+    """
+    try:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable {what} ({error})") from error
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The JSON object that ``text`` spells; ValueError for anything else."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected {{...}}, got {text[:20]!r}")
+    return content
 
 
 @dataclass(frozen=True)
@@ -53,25 +81,55 @@ class Tensor:
             f"({kind}); dequantize the model to bf16 first"
         )
 
-    def read_bytes(self) -> bytes:
-        """The raw data."""
+    def blocks(self) -> Iterator[bytes]:
+        """The raw data, piece by piece."""
         with self.path.open("rb") as file:
             file.seek(self.start)
-            data = file.read(self.stop - self.start)
-        if len(data) != self.stop - self.start:
-            raise CheckpointError(f"{self.path}: truncated inside {self.name}; fetch it again")
-        return data
+            left = self.stop - self.start
+            while left:
+                block = file.read(min(left, 2**24))
+                if not block:
+                    raise CheckpointError(
+                        f"{self.path}: truncated inside {self.name}; fetch it again"
+                    )
+                yield block
+                left -= len(block)
+
+    def equals(self, other: Tensor) -> bool:
+        """Whether dtype, shape and every byte are the same."""
+        if (self.path, self.start) == (other.path, other.start):
+            return True
+        mine = (self.dtype, self.shape, self.stop - self.start)
+        return mine == (other.dtype, other.shape, other.stop - other.start) and all(
+            one == two for one, two in zip(self.blocks(), other.blocks(), strict=True)
+        )
 
     def read(self) -> np.ndarray:
         """The tensor; bfloat16 is widened to float32, everything else keeps its dtype."""
         self.check_floating()
-        raw = np.frombuffer(self.read_bytes(), dtype=_NUMPY[self.dtype]).reshape(self.shape)
+        data = b"".join(self.blocks())
+        raw = np.frombuffer(data, dtype=_NUMPY[self.dtype]).reshape(self.shape)
         return _widened(raw) if self.dtype == "BF16" else raw
 
     def encode(self, values: np.ndarray) -> np.ndarray:
-        """``values`` as they are stored, rounded to nearest."""
+        """``values`` as they are stored, rounded to nearest.
+
+        Raises
+        ------
+        CheckpointError
+            If the shape is another one, or a value is not finite or becomes infinite when rounded.
+        """
         if tuple(values.shape) != self.shape:
             raise CheckpointError(f"{self.name}: shape must be {self.shape}, got {values.shape}")
+        # Rounding is monotone, so the largest magnitude speaks for all.
+        largest = np.max([values.max(initial=0), -values.min(initial=0)], keepdims=True)
+        with np.errstate(over="ignore"):
+            limit = round_to(largest, self.dtype)
+        if not np.isfinite(_widened(limit) if self.dtype == "BF16" else limit).all():
+            raise CheckpointError(
+                f"{self.name}: values must be finite in {self.dtype}, got magnitude "
+                f"{largest[0]:.3g}; store the model in a wider dtype first"
+            )
         return round_to(values, self.dtype)
 
     def write(self, stored: np.ndarray, path: Path) -> None:
@@ -111,7 +169,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         return _header(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; is a shard missing?") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
@@ -121,17 +179,24 @@ def _header(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"header of {length} bytes in a file of {size}")
-        entries = json.loads(file.read(length))
+        entries = parse_object(file.read(length))
     entries.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in entries.items():
-        begin, end = entry["data_offsets"]
-        shape = tuple(int(n) for n in entry["shape"])
-        tensor = Tensor(name, path, entry["dtype"], shape, 8 + length + begin, 8 + length + end)
-        bytes_needed = math.prod(shape) * _SIZES.get(tensor.dtype, 0)
-        if not 0 <= begin <= end or tensor.stop > size:
-            raise ValueError(f"{name} ends at byte {tensor.stop} of {size}")
-        if bytes_needed and bytes_needed != end - begin:
-            raise ValueError(f"{name} of shape {shape} has {end - begin} bytes")
-        tensors[name] = tensor
+    tensors = {name: _entry(name, path, entry, 8 + length, size) for name, entry in entries.items()}
+    in_order = sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop))
+    for one, two in pairwise(in_order):
+        if two.start < one.stop:
+            raise ValueError(f"{one.name} and {two.name} lie on the same bytes")
     return tensors
+
+
+def _entry(name: str, path: Path, entry: dict[str, Any], first: int, size: int) -> Tensor:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [begin, end, *shape]
+    valid = isinstance(dtype, str) and isinstance(shape, list)
+    if not valid or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{name}: dtype {dtype!r}, shape {shape}, bytes {begin} to {end}")
+    if begin > end or first + end > size:
+        raise ValueError(f"{name} ends at byte {first + end} of {size}")
+    if dtype in _SIZES and math.prod(shape) * _SIZES[dtype] != end - begin:
+        raise ValueError(f"{name} of shape {shape} has {end - begin} bytes")
+    return Tensor(name, path, dtype, tuple(shape), first + begin, first + end)

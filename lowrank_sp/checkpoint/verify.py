@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 
 from lowrank_sp._arrays import frobenius, slices
-from lowrank_sp.checkpoint.initialize import REPORT, Report
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.peft import AdapterLayer, read_adapter
-from lowrank_sp.checkpoint.tasks import Executor, run
+from lowrank_sp.checkpoint.report import REPORT, Report
 from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.tasks import Executor, run
 
-# Unit roundoff of the storage of a residual, to nearest.
+# Of the storage of a residual: unit roundoff, to nearest, and the distance of the smallest values.
 _ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+_SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "F16": 2.0**-24, "BF16": 2.0**-126}
 
 
 @dataclass(frozen=True)
@@ -28,31 +31,42 @@ class LayerCheck:
     name : str
     error : float
         ``||W - residual - scale up down||_F / ||W||_F``.
-    allowed : float
-        What rounding of the stored parts explains.
+    excess : float
+        Largest error of an entry, in units of what rounding of the stored parts explains there.
     """
 
     name: str
     error: float
-    allowed: float
+    excess: float
 
     @property
     def passed(self) -> bool:
-        """Whether the error is explained by rounding."""
-        return self.error <= self.allowed
+        """Whether rounding explains the error of every entry."""
+        return self.excess <= 1
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of :func:`verify`."""
+    """The outcome of :func:`verify`.
+
+    Attributes
+    ----------
+    fingerprint_matches : bool
+        Whether the model is the one that was initialized.
+    changed : list of str
+        Tensors without an adapter that differ between base and model.
+    layers : list of LayerCheck
+    """
 
     fingerprint_matches: bool
+    changed: list[str]
     layers: list[LayerCheck]
 
     @property
     def passed(self) -> bool:
-        """Whether the base is the one recorded, and every layer adds up."""
-        return self.fingerprint_matches and all(layer.passed for layer in self.layers)
+        """Whether the model is the one recorded, and base and adapter add up to it."""
+        adds_up = not self.changed and all(layer.passed for layer in self.layers)
+        return self.fingerprint_matches and adds_up
 
 
 def verify(
@@ -76,34 +90,47 @@ def verify(
     Raises
     ------
     CheckpointError
-        If files are missing, unreadable, or belong to different layers.
+        If files are missing or unreadable, hold other tensors than the model or the report has, or
+        NaN or infinite entries.
     """
     folder = Path(folder)
     report = Report.load(folder / REPORT)
     original = Checkpoint(model)
     residual = Checkpoint(folder / report.base)  # an absolute base stands for itself
     adapter = read_adapter(folder / "adapter")
-    layers = {layer.name: layer for layer in original.layers(".", fan_in_fan_out=None)}
+    reported = [row.name for row in report.layers]
+    _check_same_names({folder / REPORT: reported, folder / "adapter": adapter})
+    _check_same_names({original.path: original.tensors, residual.path: residual.tensors})
     tasks = []
     for row in report.layers:
-        if row.name not in adapter or row.name not in layers:
-            where = "the adapter" if row.name not in adapter else str(model)
-            raise CheckpointError(f"{row.name}: in {folder / REPORT} but not in {where}")
-        layer = layers[row.name]
+        layer, parts = original.layer(row.name), adapter[row.name]
         if layer.shape != tuple(row.shape):
             layer = Layer(layer.name, layer.tensor, not layer.transposed)
-        base = residual.tensors.get(layer.tensor.name)
-        if base is None or base.shape != layer.tensor.shape:
-            raise CheckpointError(
-                f"{layer.tensor.name}: not in {residual.path}, or of another shape"
-            )
-        tasks.append((layer, Layer(layer.name, base, layer.transposed), adapter[row.name]))
+        base = residual.tensors[layer.tensor.name]
+        if (base.dtype, base.shape) != (layer.tensor.dtype, layer.tensor.shape):
+            raise CheckpointError(f"{base.name}: dtype or shape differ in {residual.path}")
+        if layer.shape != (parts.up.shape[0], parts.down.shape[1]):
+            raise CheckpointError(f"{row.name}: the adapter does not fit shape {layer.shape}")
+        tasks.append((layer, Layer(layer.name, base, layer.transposed), parts))
     checks = []
     for check in run(_check_layer, tasks, executor):
         checks.append(check)
         if progress is not None:
             progress(len(checks), len(tasks), check.name)
-    return Verification(original.fingerprint() == report.fingerprint, checks)
+    adapted = {layer.tensor.name for layer, _, _ in tasks}
+    changed = [
+        name
+        for name in sorted(set(original.tensors) - adapted)
+        if not original.tensors[name].equals(residual.tensors[name])
+    ]
+    return Verification(original.fingerprint() == report.fingerprint, changed, checks)
+
+
+def _check_same_names(holders: Mapping[Path, Collection[str]]) -> None:
+    for one, other in permutations(holders, 2):
+        alone = sorted(set(holders[one]) - set(holders[other]))
+        if alone:
+            raise CheckpointError(f"{alone[0]}: in {one} but not in {other}")
 
 
 def _check_layer(task: tuple[Layer, Layer, AdapterLayer]) -> LayerCheck:
@@ -111,16 +138,21 @@ def _check_layer(task: tuple[Layer, Layer, AdapterLayer]) -> LayerCheck:
     weight, base = original.tensor.read(), residual.tensor.read()
     if original.transposed:
         weight, base = weight.T, base.T
-    wide = np.result_type(weight, adapter.up, np.float32)
-    down = adapter.down.astype(wide) * wide.type(adapter.scale)
-    error = product_size = 0.0
-    for rows in slices(weight.shape[0], 1024):
-        product = adapter.up[rows].astype(wide) @ down
-        error += frobenius(weight[rows].astype(wide) - base[rows].astype(wide) - product) ** 2
-        product_size += frobenius(product) ** 2
-    size, base_size = frobenius(weight), frobenius(base)
-    # The residual is rounded once when stored; the product is recomputed in single precision.
-    rounding = 2 * _ROUNDOFF[residual.tensor.dtype] * base_size
-    rounding += adapter.up.shape[1] * _ROUNDOFF["F32"] * (product_size**0.5 + base_size)
-    scale = size or 1.0
-    return LayerCheck(original.name, error**0.5 / scale, rounding / scale)
+    # Rounded once when stored, after r products, their sum, the scale and one difference.
+    storage = residual.tensor.dtype
+    working = 2 * (adapter.down.shape[0] + 2) * _ROUNDOFF["F64" if storage == "F64" else "F32"]
+    down = adapter.down.astype(np.float64) * adapter.scale
+    error, excess = 0.0, 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rows in slices(weight.shape[0], max(1, 2**20 // weight.shape[1])):
+            up, stored = adapter.up[rows].astype(np.float64), base[rows].astype(np.float64)
+            difference = weight[rows] - stored - up @ down
+            explained = _ROUNDOFF[storage] * abs(stored) + _SMALLEST[storage]
+            explained += working * (abs(up) @ abs(down) + abs(stored))
+            excess = np.maximum(excess, np.max(abs(difference) / explained))
+            error = math.hypot(error, frobenius(difference))
+    if not math.isfinite(error + excess):
+        raise CheckpointError(
+            f"{original.name}: model, base and adapter must be finite, got NaN or infinite entries"
+        )
+    return LayerCheck(original.name, error / (frobenius(weight) or 1.0), float(excess))

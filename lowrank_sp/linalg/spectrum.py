@@ -87,8 +87,7 @@ def gavish_donoho_threshold(s: Array, shape: tuple[int, int], noise: float | Non
     """
     small, large = sorted(shape)
     beta = small / large
-    root = math.sqrt(beta**2 + 14 * beta + 1)
-    factor = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + root))
+    factor = gavish_donoho_factor(beta)
     if noise is not None:
         return factor * math.sqrt(large) * noise
     if s.shape[0] != small:
@@ -99,6 +98,12 @@ def gavish_donoho_threshold(s: Array, shape: tuple[int, int], noise: float | Non
     ordered = xp.sort(s)
     median = (float(ordered[(small - 1) // 2]) + float(ordered[small // 2])) / 2
     return factor * median / math.sqrt(marchenko_pastur_median(beta))
+
+
+def gavish_donoho_factor(beta: float) -> float:
+    r"""The :math:`\lambda(\beta)` of :func:`gavish_donoho_threshold`: ``4 / sqrt(3)`` at 1."""
+    root = math.sqrt(beta**2 + 14 * beta + 1)
+    return math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + root))
 
 
 def gavish_donoho_rank(s: Array, shape: tuple[int, int], noise: float | None = None) -> int:

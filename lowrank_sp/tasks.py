@@ -1,4 +1,4 @@
-"""The same function on every layer, over any executor."""
+"""The same function on every task, over any executor."""
 
 from __future__ import annotations
 

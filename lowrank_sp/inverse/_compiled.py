@@ -1,0 +1,267 @@
+"""Compiled kernels of sparse observations on host arrays (needs numba).
+
+Every kernel treats a range of lines of a matrix in compressed rows on its own, so that ranges are
+shared among threads. Entries of a line are gathered panel by panel into a buffer that stays in
+cache; docs/benchmarks.md has the measurements.
+"""
+# pyright: basic, reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numba as nb
+import numpy as np
+
+from lowrank_sp._arrays import eps
+
+# Multiplications below which threads do not pay.
+_SERIAL = 2**21
+# Entries of a line that are gathered at a time: with 16 factors they fit in the L1 cache.
+PANEL = 256
+# Sums may be reordered, so that they become vector code; NaN stays NaN.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def _jit(kernel: Callable) -> Any:
+    return nb.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)(kernel)
+
+
+@_jit
+def _sampled(first, last, starts, cols, left, right, out):
+    r = left.shape[1]
+    for i in range(first, last):
+        for e in range(starts[i], starts[i + 1]):
+            j = cols[e]
+            total = left[i, 0] * right[j, 0]
+            for k in range(1, r):
+                total += left[i, k] * right[j, k]
+            out[e] = total
+
+
+@_jit
+def _product(first, last, starts, cols, values, x, out):
+    k = x.shape[1]
+    for i in range(first, last):
+        for c in range(k):
+            out[i, c] = 0
+        for e in range(starts[i], starts[i + 1]):
+            v, j = values[e], cols[e]
+            for c in range(k):
+                out[i, c] += v * x[j, c]
+
+
+@_jit
+def _adjoint_product(first, last, starts, cols, values, x, out):
+    k = x.shape[1]
+    for i in range(first, last):
+        for e in range(starts[i], starts[i + 1]):
+            v, j = np.conj(values[e]), cols[e]
+            for c in range(k):
+                out[j, c] += v * x[i, c]
+
+
+@_jit
+def _gather(start, stop, cols, right, x):
+    """``x[k, e]`` from ``right[cols[e], k]``: contiguous along the entries, for vector code."""
+    for e in range(start, stop):
+        j = cols[e]
+        for k in range(right.shape[1]):
+            x[k, e - start] = right[j, k]
+
+
+@_jit
+def _gram(x, count, gram):
+    """Blocks on and above the diagonal of ``gram += conj(x) x^T``, two by four at a time."""
+    r = len(gram)
+    for a in range(0, r, 2):
+        for b in range(a // 4 * 4, r, 4):
+            s00, s01, s02, s03 = gram[a, b], gram[a, b + 1], gram[a, b + 2], gram[a, b + 3]
+            s10, s11 = gram[a + 1, b], gram[a + 1, b + 1]
+            s12, s13 = gram[a + 1, b + 2], gram[a + 1, b + 3]
+            for e in range(count):
+                x0, x1 = np.conj(x[a, e]), np.conj(x[a + 1, e])
+                y0, y1, y2, y3 = x[b, e], x[b + 1, e], x[b + 2, e], x[b + 3, e]
+                s00 += x0 * y0
+                s01 += x0 * y1
+                s02 += x0 * y2
+                s03 += x0 * y3
+                s10 += x1 * y0
+                s11 += x1 * y1
+                s12 += x1 * y2
+                s13 += x1 * y3
+            gram[a, b], gram[a, b + 1], gram[a, b + 2], gram[a, b + 3] = s00, s01, s02, s03
+            gram[a + 1, b], gram[a + 1, b + 1] = s10, s11
+            gram[a + 1, b + 2], gram[a + 1, b + 3] = s12, s13
+
+
+@_jit
+def _grams(first, last, starts, cols, right, out):
+    r = right.shape[1]
+    x, gram = _workspace(right)
+    for i in range(first, last):
+        gram[:] = 0
+        for start in range(starts[i], starts[i + 1], PANEL):
+            stop = min(start + PANEL, starts[i + 1])
+            _gather(start, stop, cols, right, x)
+            _gram(x, stop - start, gram)
+        for a in range(r):
+            for b in range(a, r):
+                out[i, a, b] = gram[a, b]
+                out[i, b, a] = np.conj(gram[a, b])
+
+
+@_jit
+def _workspace(right):
+    """Buffers for a panel of entries and its Gram matrix, with rows of zeros up to fours."""
+    rows = (right.shape[1] + 3) // 4 * 4
+    # Eight more than a power of two, lest the rows of ``x`` share sets of the cache.
+    return np.zeros((rows, PANEL + 8), right.dtype), np.zeros((rows, rows), right.dtype)
+
+
+@_jit
+def _solve(gram, x):
+    """Solve ``gram x = x`` in place for a positive definite matrix, by its upper triangle."""
+    r = len(x)
+    for a in range(r):
+        pivot = np.sqrt(gram[a, a].real)
+        for b in range(a, r):
+            gram[a, b] /= pivot
+        for c in range(a + 1, r):
+            factor = np.conj(gram[a, c])
+            for b in range(c, r):
+                gram[c, b] -= factor * gram[a, b]
+    for a in range(r):
+        x[a] /= gram[a, a]
+        for b in range(a + 1, r):
+            x[b] -= np.conj(gram[a, b]) * x[a]
+    for a in range(r - 1, -1, -1):
+        for b in range(a + 1, r):
+            x[a] -= gram[a, b] * x[b]
+        x[a] /= gram[a, a]
+
+
+@_jit
+def _least_squares(first, last, starts, cols, values, left, right, ridge, jitter, tiny, out, sums):
+    r = right.shape[1]
+    x, gram = _workspace(right)
+    step, residual = np.empty(r, right.dtype), np.empty(PANEL, right.dtype)
+    for i in range(first, last):
+        gram[:], step[:] = 0, 0
+        squares = 0.0
+        for start in range(starts[i], starts[i + 1], PANEL):
+            stop = min(start + PANEL, starts[i + 1])
+            count = stop - start
+            _gather(start, stop, cols, right, x)
+            for e in range(count):
+                residual[e] = values[start + e]
+            for k in range(r):
+                factor = left[i, k]
+                for e in range(count):
+                    residual[e] -= factor * x[k, e]
+            for e in range(count):
+                squares += residual[e].real * residual[e].real + residual[e].imag * residual[e].imag
+            for k in range(r):
+                total = step[k]
+                for e in range(count):
+                    total += np.conj(x[k, e]) * residual[e]
+                step[k] = total
+            _gram(x, count, gram)
+        trace = 0.0
+        for k in range(r):
+            trace += gram[k, k].real
+        for k in range(r):
+            step[k] -= ridge[i] * left[i, k]
+            gram[k, k] += ridge[i] + jitter * trace + tiny
+        _solve(gram, step)
+        for k in range(r):
+            out[i, k] = left[i, k] + step[k]
+        sums[i] = squares
+
+
+class Compiled:
+    """The kernels of :class:`~lowrank_sp.inverse._kernels.Portable`, on NumPy arrays."""
+
+    def __init__(self, pattern: Any):
+        self.pattern = pattern
+
+    def sampled(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        p, left, right = self.pattern, _plain(left), _plain(right.T)
+        out = np.empty(p.size, left.dtype)
+        if left.shape[1] == 0:
+            return np.zeros_like(out)
+        _by_lines(_sampled, p.row_starts, left.shape[1], p.cols, left, right, out)
+        return out
+
+    def matmul(self, values: np.ndarray, x: np.ndarray) -> np.ndarray:
+        p, values, x = self.pattern, _plain(values), _plain(x)
+        out = np.empty((p.shape[0], x.shape[1]), x.dtype)
+        _by_lines(_product, p.row_starts, x.shape[1], p.cols, values, x, out)
+        return out
+
+    def rmatmul(self, values: np.ndarray, x: np.ndarray) -> np.ndarray:
+        p, values, x = self.pattern, _plain(values), _plain(x)
+        # Lines of the result are added to from everywhere, so every range has a copy.
+        ranges = _ranges(p.row_starts, x.shape[1], 1)
+        out = np.zeros((len(ranges), p.shape[1], x.shape[1]), x.dtype)
+        _run(_adjoint_product, ranges, (p.row_starts, p.cols, values, x), out)
+        return out[0] if len(ranges) == 1 else np.sum(out, axis=0)
+
+    def grams(self, right: np.ndarray) -> np.ndarray:
+        p, right = self.pattern, _plain(right.T)
+        r = right.shape[1]
+        out = np.empty((p.shape[0], r, r), right.dtype)
+        _by_lines(_grams, p.row_starts, r * r, p.cols, right, out)
+        return out
+
+    def least_squares(
+        self, values: np.ndarray, left: np.ndarray, right: np.ndarray, ridge: np.ndarray
+    ) -> tuple[np.ndarray, float]:
+        p, values, left, right = self.pattern, _plain(values), _plain(left), _plain(right.T)
+        out, sums = np.empty_like(left), np.empty(p.shape[0])
+        accuracy = eps(left.dtype)
+        jitter, tiny = (ridge.dtype.type(x) for x in (accuracy, accuracy**2))
+        r = left.shape[1]
+        _by_lines(
+            _least_squares, p.row_starts, r * r,
+            p.cols, values, left, right, _plain(ridge), jitter, tiny, out, sums,
+        )  # fmt: skip
+        return out, float(np.sum(sums))
+
+
+def _plain(a: np.ndarray) -> np.ndarray:
+    # One layout, so that one compilation a dtype is enough.
+    return np.require(a, requirements=["C", "W", "A"])
+
+
+def _by_lines(kernel: Callable, starts: np.ndarray, work: int, *arrays: Any) -> None:
+    """``kernel(first, last, starts, *arrays)`` on all lines, shared among threads."""
+    # More ranges than threads, since their speed varies.
+    _run(kernel, _ranges(starts, work, 4), (starts, *arrays))
+
+
+def _ranges(starts: np.ndarray, work: int, per_thread: int) -> list[tuple[int, int]]:
+    """Ranges of lines with equally many entries."""
+    size, lines = int(starts[-1]), len(starts) - 1
+    threads = nb.get_num_threads() if size * work > _SERIAL else 1
+    count = 1 if threads == 1 else per_thread * threads
+    edges = np.searchsorted(starts, np.arange(1, count) * (size / count))
+    return list(pairwise([0, *(int(edge) for edge in edges), lines]))
+
+
+def _run(kernel: Callable, ranges: list[tuple[int, int]], arrays: tuple, outs: Any = None) -> None:
+    """The kernel on every range, with a result array of its own where ``outs`` has them."""
+    own = [()] * len(ranges) if outs is None else [(out,) for out in outs]
+    if len(ranges) == 1:
+        kernel(*ranges[0], *arrays, *own[0])
+        return
+    with ThreadPoolExecutor(nb.get_num_threads()) as pool:
+        jobs = [
+            pool.submit(kernel, *lines, *arrays, *out)
+            for lines, out in zip(ranges, own, strict=True)
+        ]
+        for job in jobs:
+            job.result()

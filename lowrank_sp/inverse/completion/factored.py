@@ -1,0 +1,323 @@
+"""First-order methods on the factors: over-relaxation, steepest and scaled gradient descent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    adjoint,
+    device,
+    eps,
+    frobenius,
+    inner,
+    is_complex,
+    namespace,
+)
+from lowrank_sp.factors import Factored, LowRank
+from lowrank_sp.inverse.completion.problem import Callback, Fit, Problem, fit, relative_change
+from lowrank_sp.inverse.entries import Entries
+from lowrank_sp.iterate import Solution, Stop
+
+
+class _Relaxed(NamedTuple):
+    """A :class:`Fit`, and the over-relaxation of the method of successive over-relaxation."""
+
+    base: Fit
+    relaxation: float
+    increment: float
+    change: float
+
+
+def lmafit(
+    entries: Entries,
+    *,
+    rank: int,
+    init: Factored | None = None,
+    rng: RNG = None,
+    stop: Stop = Stop(),
+    callback: Callback = None,
+    allow_unidentified: bool = False,
+) -> Solution:
+    r"""Completion by alternating projections of the filled-in matrix, over-relaxed.
+
+    .. math:: \min_{L, R, Z} \lVert L R - Z \rVert_F^2, \qquad P_\Omega(Z) = P_\Omega(X)
+
+    Parameters
+    ----------
+    entries : Entries
+    rank : int
+    init : SVD or LowRank, optional
+        Where to start; by default a spectral start.
+    rng : int, Generator or None
+        Seed of the start.
+    stop : Stop
+        The change monitored is that of the entries of ``L R``, relative to the data.
+    callback : callable, optional
+    allow_unidentified : bool
+        Give NaN in lines that the entries do not determine, instead of an error.
+
+    Returns
+    -------
+    Solution
+        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
+
+    Raises
+    ------
+    ValueError
+        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+
+    Notes
+    -----
+    A step takes one orthonormalization and ``3 M r + 3 (m + n) r^2`` multiplications; no system is
+    solved. The filled-in matrix is a low-rank one plus the sparse residual. The relaxation grows
+    while the residual falls slowly, and steps that raise it are taken back
+    :cite:p:`wen2012lmafit`.
+
+    Examples
+    --------
+    >>> from lowrank_sp.inverse import synthetic
+    >>> p = synthetic.completion(shape=(60, 50), rank=2, oversampling=5, rng=0)
+    >>> solution = lmafit(p.entries, rank=2, rng=0)
+    >>> solution.converged, bool((solution.value - p.truth).norm() < 1e-5 * p.truth.norm())
+    (True, True)
+    """
+    problem = Problem.of(entries, rank, allow_unidentified=allow_unidentified)
+    size = problem.entries.norm()
+
+    def step(state: _Relaxed) -> tuple[_Relaxed, float]:
+        left, right, residual = state.base
+        xp = namespace(left)
+        # Z = L R + (1 + relaxation) * residual, as a low-rank matrix plus a sparse one.
+        filled = residual.with_values(residual.values * (1.0 + state.relaxation))
+        image = left @ (right @ adjoint(right)) + filled.matmul(adjoint(right))
+        new_left = xp.linalg.qr(image)[0]
+        new_right = (adjoint(new_left) @ left) @ right + adjoint(filled.rmatmul(new_left))
+        new = fit(problem.entries, new_left, new_right)
+        old_norm = residual.norm()
+        ratio = new.residual.norm() / old_norm if old_norm else 0.0
+        change = relative_change(new, state.base, size)
+        # The schedule of Wen, Yin and Zhang.
+        if ratio >= 1.0 and state.relaxation > 0.0:
+            increment = max(0.1 * state.relaxation, 0.1 * state.increment)
+            return _Relaxed(state.base, 0.0, increment, state.change), state.change
+        relaxation, increment = state.relaxation, state.increment
+        if ratio > 0.7:
+            increment = max(increment, 0.25 * relaxation)
+            relaxation += increment
+        return _Relaxed(new, relaxation, increment, change), change
+
+    f = problem.start(init, rng)
+    start = _Relaxed(fit(problem.entries, *f.split("left").factors()), 0.0, 1.0, 1.0)
+    return problem.solve(
+        step,
+        start,
+        value=lambda state: LowRank(state.base.left, state.base.right),
+        stop=stop,
+        callback=callback,
+    )
+
+
+def scaled_asd(
+    entries: Entries,
+    *,
+    rank: int,
+    init: Factored | None = None,
+    rng: RNG = None,
+    stop: Stop = Stop(),
+    callback: Callback = None,
+    allow_unidentified: bool = False,
+) -> Solution:
+    r"""Completion by scaled alternating steepest descent, with exact line searches.
+
+    .. math:: \min_{L, R} \tfrac12 \lVert P_\Omega(X - L R) \rVert_F^2
+
+    One factor at a time moves along its gradient, preconditioned by the Gram matrix of the other
+    one, as far as is best.
+
+    Parameters
+    ----------
+    entries : Entries
+    rank : int
+    init : SVD or LowRank, optional
+        Where to start; by default a spectral start.
+    rng : int, Generator or None
+        Seed of the start.
+    stop : Stop
+        The change monitored is that of the entries of ``L R``, relative to the data.
+    callback : callable, optional
+    allow_unidentified : bool
+        Give NaN in lines that the entries do not determine, instead of an error.
+
+    Returns
+    -------
+    Solution
+        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
+
+    Raises
+    ------
+    ValueError
+        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+
+    Notes
+    -----
+    A step costs ``4 M r + 2 (m + n) r^2`` multiplications, and the residual never increases
+    :cite:p:`tanner2016asd`. The line search costs nothing beyond the update of the residual. No
+    gauge is singled out: factors ``(L G, G^-1 R)`` give the same products.
+
+    Examples
+    --------
+    >>> from lowrank_sp.inverse import synthetic
+    >>> p = synthetic.completion(shape=(60, 50), rank=2, oversampling=5, condition=10, rng=0)
+    >>> solution = scaled_asd(p.entries, rank=2, rng=0)
+    >>> solution.converged, bool((solution.value - p.truth).norm() < 1e-5 * p.truth.norm())
+    (True, True)
+    """
+    problem = Problem.of(entries, rank, allow_unidentified=allow_unidentified)
+    size = problem.entries.norm()
+
+    def step(state: Fit) -> tuple[Fit, float]:
+        left, right, residual = state
+        gradient = residual.matmul(adjoint(right))
+        direction = _right_solve(gradient, adjoint(right))
+        move = residual.sampled(direction, right)
+        length = _ratio(direction, gradient, move)
+        left, residual = (
+            left + direction * length,
+            residual.with_values(residual.values - move * length),
+        )
+        gradient = residual.rmatmul(left)
+        direction = _right_solve(gradient, left)
+        move = residual.sampled(left, adjoint(direction))
+        length = _ratio(direction, gradient, move)
+        right = right + adjoint(direction) * length
+        residual = residual.with_values(residual.values - move * length)
+        new = Fit(left, right, residual)
+        return new, relative_change(new, state, size)
+
+    f = problem.start(init, rng)
+    return problem.solve(
+        step,
+        fit(problem.entries, *f.split("left").factors()),
+        value=lambda state: LowRank(state.left, state.right),
+        stop=stop,
+        callback=callback,
+    )
+
+
+def scaled_gd(
+    entries: Entries,
+    *,
+    rank: int,
+    init: Factored | None = None,
+    rng: RNG = None,
+    stop: Stop = Stop(),
+    callback: Callback = None,
+    step_size: float = 0.5,
+    damping: float = 0.0,
+    allow_unidentified: bool = False,
+) -> Solution:
+    r"""Completion by scaled gradient descent on both factors at once.
+
+    .. math:: L_+ = L - \tfrac{\eta}{p} P_\Omega(L R - X) R^H (R R^H + \delta I)^{-1}, \qquad
+              R_+ = R - \tfrac{\eta}{p} (L^H L + \delta I)^{-1} L^H P_\Omega(L R - X)
+
+    with ``p = M / (m n)``. Its rate does not depend on the condition of the matrix
+    :cite:p:`tong2021accelerating`.
+
+    Parameters
+    ----------
+    entries : Entries
+    rank : int
+        With ``damping`` it may exceed the rank of the matrix.
+    init : SVD or LowRank, optional
+        Where to start; by default a spectral start.
+    rng : int, Generator or None
+        Seed of the start.
+    stop : Stop
+        The change monitored is that of the entries of ``L R``, relative to the data.
+    callback : callable, optional
+    step_size : float
+        ``eta``.
+    damping : float
+        ``delta``, in units of the largest singular value of the matrix, as the spectral start
+        estimates it. With values of 0.3 to 1, and an ``init`` of any directions but small (1e-6 of
+        that value), components grow from large to small, and those beyond the rank of the matrix
+        stay as small as they began :cite:p:`xu2023overparameterized`. So does the error.
+    allow_unidentified : bool
+        Give NaN in lines that the entries do not determine, instead of an error.
+
+    Returns
+    -------
+    Solution
+        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
+
+    Raises
+    ------
+    ValueError
+        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+
+    Notes
+    -----
+    A step costs ``3 M r + 2 (m + n) r^2`` multiplications.
+
+    Examples
+    --------
+    >>> from lowrank_sp.inverse import synthetic
+    >>> p = synthetic.completion(shape=(60, 50), rank=2, oversampling=6, condition=10, rng=0)
+    >>> solution = scaled_gd(p.entries, rank=2, rng=0)
+    >>> solution.converged, bool((solution.value - p.truth).norm() < 1e-5 * p.truth.norm())
+    (True, True)
+    """
+    if not step_size > 0:
+        raise ValueError(f"step_size must be positive, got {step_size}")
+    if not damping >= 0:
+        raise ValueError(f"damping must be at least 0, got {damping}")
+    problem = Problem.of(entries, rank, allow_unidentified=allow_unidentified)
+    (m, n), size = problem.entries.shape, problem.entries.norm()
+    rate = problem.entries.size / (m * n)
+
+    ridge = damping * float(problem.start(None, rng).s[0]) if damping else 0.0
+
+    def step(state: Fit) -> tuple[Fit, float]:
+        left, right, residual = state
+        to_left = _right_solve(residual.matmul(adjoint(right)), adjoint(right), ridge)
+        to_right = _right_solve(residual.rmatmul(left), left, ridge)
+        length = step_size / rate
+        left, right = left + to_left * length, right + adjoint(to_right) * length
+        new = fit(problem.entries, left, right)
+        return new, relative_change(new, state, size)
+
+    f = problem.start(init, rng)
+    return problem.solve(
+        step,
+        fit(problem.entries, *f.split("balanced").factors()),
+        value=lambda state: LowRank(state.left, state.right),
+        stop=stop,
+        callback=callback,
+    )
+
+
+def _right_solve(x: Array, basis: Array, ridge: float = 0.0) -> Array:
+    """``x (G + ridge I)^-1`` with the Gram matrix ``G`` of ``basis``.
+
+    Directions below the rounding of ``G`` are damped, so that it need not have full rank.
+    """
+    xp = namespace(x)
+    gram = inner(basis, basis)
+    size = abs(complex(xp.linalg.trace(gram)))
+    shift = ridge + eps(gram.dtype) * size
+    unit = xp.eye(gram.shape[0], dtype=gram.dtype, device=device(x))
+    solved = xp.linalg.solve(gram + shift * unit, unit) if size else 0 * unit
+    return x @ xp.astype(solved, x.dtype)
+
+
+def _ratio(direction: Array, gradient: Array, move: Array) -> float:
+    """The best step: ``<direction, gradient> / ||move||^2``; none where nothing moves."""
+    squares = frobenius(move) ** 2
+    if squares == 0.0:
+        return 0.0
+    xp = namespace(direction)
+    conj = xp.conj(direction) if is_complex(direction.dtype) else direction
+    return complex(xp.sum(conj * gradient)).real / squares
