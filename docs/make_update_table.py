@@ -88,15 +88,18 @@ def main():
         "| rule | invariant under | drift, condition 1 | 10 | 1000 | drift, O(r) | state | step |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    # Arrays of m x n, once freed, change how memory is handed out: these rules come last.
+    costs = {}
+    for name in sorted(RULES, key=lambda name: name in ("`LoRAPro`", "`LoFT`")):
+        # The unit is measured just after, so that both meet the same load of the machine.
+        costs[name] = seconds(RULES[name]) / seconds(AdamW())
     for name, rule in RULES.items():
-        # The unit is measured just before, so that both meet the same load of the machine.
-        unit, cost = seconds(AdamW()), seconds(rule)
         found = conformance(rule)
         assert found.holds(), found
         drifts = " | ".join(map(number, found.drifts))
         lines.append(
             f"| {name} | {PROMISE[found.promise]} | {drifts} | {number(found.unitary)} "
-            f"| {found.state:.1f} | {cost / unit:.2g} |"
+            f"| {found.state:.1f} | {costs[name]:.2g} |"
         )
     table = Path(__file__).parent / "_tables" / "update_rules.md"
     table.parent.mkdir(exist_ok=True)
