@@ -132,12 +132,29 @@ def adjoint(a: Array) -> Array:
     return namespace(a).conj(a.mT) if is_complex(a.dtype) else a.mT
 
 
+def scalar(factor: Any, dtype: Any) -> float | complex:
+    """A number that multiplies arrays of ``dtype`` without changing it."""
+    if is_complex(dtype):
+        return complex(factor)
+    if isinstance(factor, complex | np.complexfloating):
+        raise TypeError(
+            f"a {dtype_name(dtype)} matrix cannot be multiplied by the complex number {factor}; "
+            "convert its data to a complex dtype first"
+        )
+    return float(factor)
+
+
+def detached(a: Array) -> Array:
+    """``a`` without a record of how it was computed, which only PyTorch keeps."""
+    return a.detach() if compat.is_torch_array(a) else a
+
+
 def to_host(a: Array) -> np.ndarray:
     """``a`` as a NumPy array; a view where the library allows one."""
     if isinstance(a, np.ndarray):
         return a
     if compat.is_torch_array(a):
-        return a.detach().cpu().resolve_conj().numpy()
+        return a.detach().cpu().resolve_conj().resolve_neg().numpy()
     if compat.is_jax_array(a):
         return np.asarray(a)
     if compat.is_cupy_array(a):
@@ -150,7 +167,8 @@ def host_view(a: Array) -> np.ndarray | None:
     if isinstance(a, np.ndarray):
         return a
     if compat.is_torch_array(a):
-        plain = a.device.type == "cpu" and not a.is_conj() and dtype_name(a.dtype) != "bfloat16"
+        plain = a.device.type == "cpu" and a.layout.__str__() == "torch.strided"
+        plain = plain and not (a.is_conj() or a.is_neg()) and dtype_name(a.dtype) != "bfloat16"
         return a.detach().numpy() if plain else None
     if compat.is_jax_array(a) and device(a).platform == "cpu":
         return np.asarray(a)
@@ -183,11 +201,11 @@ def inner(x: Array, y: Array) -> Array:
     if x.dtype == wide:
         return adjoint(x) @ y
     total = xp.zeros((x.shape[1], y.shape[1]), dtype=wide, device=device(x))
-    height = max(256, 2**21 // max(1, x.shape[1]))
+    height = max(256, 2**20 // max(1, x.shape[1]))
     for rows in slices(x.shape[0], height):
         a = xp.astype(x[rows, :], wide)
         b = a if y is x else xp.astype(y[rows, :], wide)
-        total = total + adjoint(a) @ b
+        total += adjoint(a) @ b
     return total
 
 
@@ -213,8 +231,10 @@ def frobenius(a: Array) -> float:
     largest = max_abs(a)
     if largest == 0.0 or not math.isfinite(largest):
         return largest
-    exponent = 2.0 ** -math.frexp(largest)[1]
-    return _sum_squares(a, exponent) ** 0.5 / exponent
+    exponent = math.frexp(largest)[1]
+    # Two powers, for their product may leave the range.
+    powers = 2.0 ** -(exponent // 2), 2.0 ** (exponent // 2 - exponent)
+    return _sum_squares(a, powers) ** 0.5 / powers[0] / powers[1]
 
 
 def max_abs(a: Array) -> float:
@@ -227,7 +247,7 @@ def max_abs(a: Array) -> float:
     return float(xp.max(size) if xp.all(xp.isfinite(size)) else xp.sum(size))
 
 
-def _sum_squares(a: Array, factor: float = 1.0) -> float:
+def _sum_squares(a: Array, factors: tuple[float, ...] = ()) -> float:
     if 0 in a.shape:
         return 0.0
     xp = namespace(a)
@@ -235,7 +255,7 @@ def _sum_squares(a: Array, factor: float = 1.0) -> float:
     total = 0.0
     for rows in slices(a.shape[0], max(1, 2**20 // flat)):
         block = as_compute(a[rows, ...])
-        if factor != 1.0:
+        for factor in factors:
             block = block * factor
         total += float(xp.sum(abs(block) ** 2))
     return total

@@ -1,4 +1,4 @@
-"""Compiled product ``y = W p, z = W^T y`` with one read of ``W`` from memory (needs numba).
+"""Compiled products ``y = W p, z = W^T y`` with one read of ``W`` from memory (needs numba).
 
 Rows of ``W`` are taken in groups that fit in the L2 cache. A group is first multiplied by ``p``
 and, once its rows of ``y`` are complete, added into ``z`` while it is still in the cache. Columns
@@ -114,11 +114,12 @@ def _tile(typingctx, adjoint, prefetch, like, w, ld, pz, y, lines, ahead):
 
 
 @nb.njit(error_model="numpy")
-def _part(w, ld, width, edge, packed, y, sums, first, last):
+def _part(w, ld, width, edge, packed, y, sums, first, last, forward):
     """Row tiles [first, last): their rows of y = W P, and sums = their share of W.T y, packed.
 
     `w` is an address, `ld` a row stride in bytes, `width` the bytes of a row in whole cache lines;
     `edge` holds the columns after those, zero padded to one line (no rows when there are none).
+    Without `forward`, y is given and P not used.
     """
     blocks, vecs, _, lanes = packed.shape
     m, b = y.shape
@@ -134,7 +135,7 @@ def _part(w, ld, width, edge, packed, y, sums, first, last):
     for k0 in range(first, last, group):
         k1 = min(last, k0 + group)
         part[:] = 0
-        for q in range(panels + (len(edge) > 0)):
+        for q in range((panels + (len(edge) > 0)) * forward):
             j = min(q * panel, width)
             base, step, lines = w + j, ld, (min(width, j + panel) - j) // LINE
             if j == width:
@@ -145,27 +146,20 @@ def _part(w, ld, width, edge, packed, y, sums, first, last):
                 acc = pp + (k - k0) * blocks * tpart
                 _tile(FORWARD, L1, packed, row, step, pack + j * COLS, acc, lines, ahead)
                 for g in range(1, blocks):
-                    _tile(
-                        FORWARD,
-                        NONE,
-                        packed,
-                        row,
-                        step,
-                        pack + g * slab + j * COLS,
-                        acc + g * tpart,
-                        lines,
-                        0,
-                    )
+                    shift = g * slab + j * COLS
+                    acc += tpart
+                    _tile(FORWARD, NONE, packed, row, step, pack + shift, acc, lines, 0)
         for k in range(k0, k1):
             for r in range(ROWS):
                 i = min(k * ROWS, m - ROWS) + r
                 for c in range(blocks * COLS):
                     v = packed.dtype.type(0)
-                    if i >= k * ROWS:  # the last tile may repeat rows: count them once
-                        for e in range(lanes):
-                            v += part[k - k0, c // COLS, r, c % COLS, e]
-                        if c < b:
+                    if i >= k * ROWS and c < b:  # the last tile may repeat rows: count them once
+                        if forward:
+                            for e in range(lanes):
+                                v += part[k - k0, c // COLS, r, c % COLS, e]
                             y[i, c] = v
+                        v = y[i, c]
                     coef[k - k0, c // COLS, r, c % COLS] = v
         for q in range(panels + (len(edge) > 0)):
             j = min(q * panel, width)
@@ -178,17 +172,9 @@ def _part(w, ld, width, edge, packed, y, sums, first, last):
                 yk = pc + (k - k0) * blocks * tcoef
                 _tile(ADJOINT, L2, packed, row, step, out + j * COLS, yk, lines, ahead)
                 for g in range(1, blocks):
-                    _tile(
-                        ADJOINT,
-                        NONE,
-                        packed,
-                        row,
-                        step,
-                        out + g * slab + j * COLS,
-                        yk + g * tcoef,
-                        lines,
-                        0,
-                    )
+                    shift = g * slab + j * COLS
+                    yk += tcoef
+                    _tile(ADJOINT, NONE, packed, row, step, out + shift, yk, lines, 0)
 
 
 @nb.njit(error_model="numpy")
@@ -211,22 +197,13 @@ def _unpack(sums, z):
 
 
 @nb.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def _fused(w, ld, width, edge, p, packed, y, sums, z):
+def _fused(w, ld, width, edge, p, packed, y, sums, z, forward):
     _pack(p, packed)
     parts, tiles = len(sums), (len(y) + ROWS - 1) // ROWS
     for t in nb.prange(parts):
-        _part(w, ld, width, edge, packed, y, sums[t], tiles * t // parts, tiles * (t + 1) // parts)
+        first, last = tiles * t // parts, tiles * (t + 1) // parts
+        _part(w, ld, width, edge, packed, y, sums[t], first, last, forward)
     _unpack(sums, z)
-
-
-def fits(w: np.ndarray) -> bool:
-    """Whether the compiled product takes ``w``: real, and contiguous along its rows."""
-    return (
-        w.dtype in (np.float32, np.float64)
-        and w.strides[1] == w.itemsize
-        and w.shape[0] >= ROWS
-        and w.shape[1] * w.itemsize >= LINE
-    )
 
 
 def normal(w: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +212,7 @@ def normal(w: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     w : array, shape (m, n)
-        One that :func:`fits`.
+        Real, contiguous along its rows, with at least 3 rows of at least 64 bytes.
     p : array, shape (n, b), of the dtype of ``w``
         With ``1 <= b <= 16``; the cost is that of the next multiple of 4.
 
@@ -243,8 +220,18 @@ def normal(w: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     -----
     Partial sums are added in a fixed order: the same threads give the same bits.
     """
-    (m, n), b = w.shape, p.shape[1]
-    p = np.ascontiguousarray(p)
+    y = np.empty((w.shape[0], p.shape[1]), w.dtype)
+    return y, _run(w, p, y, forward=True)
+
+
+def rmatmul(w: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """``w.T @ y`` for ``y`` of shape ``(m, b)``, under the same conditions as :func:`normal`."""
+    return _run(w, y[:0], y, forward=False)
+
+
+def _run(w: np.ndarray, p: np.ndarray, y: np.ndarray, *, forward: bool) -> np.ndarray:
+    (m, n), b = w.shape, y.shape[1]
+    p, y = np.ascontiguousarray(p), np.ascontiguousarray(y)
     lanes, per_line = VEC // w.itemsize, LINE // w.itemsize
     whole = n // per_line * per_line
     edge = np.zeros((m if whole < n else 0, per_line), w.dtype)
@@ -252,10 +239,11 @@ def normal(w: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shape = (-(-b // COLS), -(-n // per_line) * per_line // lanes, COLS, lanes)
     packed = np.zeros(shape, w.dtype)
     sums = np.empty((nb.get_num_threads(), *shape), w.dtype)
-    y, z = np.empty((m, b), w.dtype), np.empty((n, b), w.dtype)
+    z = np.empty((n, b), w.dtype)
+    address, width = w.ctypes.data, whole * w.itemsize
     with _LOCK:
-        _fused(w.ctypes.data, w.strides[0], whole * w.itemsize, edge, p, packed, y, sums, z)
-    return y, z
+        _fused(address, w.strides[0], width, edge, p, packed, y, sums, z, forward)
+    return z
 
 
 class _BlasOnOneThread:

@@ -12,10 +12,13 @@ from typing import Any, Literal
 from lowrank_sp._arrays import (
     Array,
     adjoint,
+    as_compute,
+    dtype_name,
     eps,
     frobenius,
     is_complex,
     namespace,
+    scalar,
 )
 from lowrank_sp.gauge import fix_signs, thin_svd
 from lowrank_sp.operators import LinearOperator
@@ -65,7 +68,7 @@ class Factored(LinearOperator):
         nearly equal matrices keeps its digits. ``O((m + n) r^2)``.
         """  # noqa: D205
         xp = namespace(self.like)
-        left, right = self.factors()
+        left, right = map(as_compute, self.factors())
         core = xp.linalg.qr(left)[1] @ adjoint(xp.linalg.qr(adjoint(right))[1])
         return frobenius(core) if core.ndim == 2 else _norm(core)[..., 0]
 
@@ -97,7 +100,7 @@ class Factored(LinearOperator):
             How to truncate it, as in :meth:`SVD.truncate`; by default not at all.
         """
         xp = namespace(self.like)
-        left, right = self.factors()
+        left, right = map(as_compute, self.factors())
         u, s, vh = thin_svd(left, right)
         # Backward error of the two QRs and the core, relative to the factors, not the product.
         rounding = self.rank * eps(u.dtype) * _norm(left) * _norm(right)
@@ -145,7 +148,7 @@ class Factored(LinearOperator):
         if not isinstance(factor, Number):
             return NotImplemented
         left, right = self.factors()
-        return LowRank(left * _scalar(factor, left), right)
+        return LowRank(left * scalar(factor, left.dtype), right)
 
     __rmul__ = __mul__
 
@@ -181,6 +184,12 @@ class LowRank(Factored):
         if len(left) < 2 or len(left) != len(right) or left[-1] != right[-2]:
             raise ValueError(
                 f"factors must have shapes (..., m, r) and (..., r, n), got {left} and {right}"
+            )
+        namespace(self.left, self.right)
+        if self.left.dtype != self.right.dtype:
+            raise TypeError(
+                f"factors must have one dtype, got {dtype_name(self.left.dtype)} and "
+                f"{dtype_name(self.right.dtype)}; cast one of them first"
             )
 
     def factors(self) -> tuple[Array, Array]:
@@ -337,7 +346,3 @@ def _norm(a: Array) -> Any:
 
 def _as(s: Array, u: Array) -> Array:
     return namespace(u).astype(s, u.dtype) if is_complex(u.dtype) else s
-
-
-def _scalar(factor: Any, like: Array) -> Any:
-    return complex(factor) if is_complex(like.dtype) else float(factor)

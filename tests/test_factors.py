@@ -244,6 +244,11 @@ ONE = np.ones((4, 2)), np.ones((2, 3))
             r"factors must have shapes \(..., m, r\) and \(..., r, n\), got \(4, 2\) and \(3, 5\)",
         ),
         (lambda: lr.LowRank(np.ones(4), np.ones((1, 5))), ValueError, "factors must have shapes"),
+        (
+            lambda: lr.LowRank(np.ones((4, 2), np.float32), np.ones((2, 5))),
+            TypeError,
+            "factors must have one dtype, got float32 and float64; cast one of them first",
+        ),
         (lambda: lr.LowRank(*ONE) + lr.LowRank(ONE[0], np.ones((2, 4))), ValueError, "be equal"),
         (lambda: lr.LowRank(*ONE)[1], TypeError, "index with slices, got 1; entries need"),
         (lambda: lr.LowRank(*ONE)[[0, 1]], TypeError, "index with slices"),
@@ -266,3 +271,11 @@ def test_repr():
     f = low_rank(9, 7, 3, dtype=np.float32)
     assert repr(f) == "LowRank(9 x 7, rank 3, float32)"
     assert repr(f.svd()) == "SVD(9 x 7, rank 3, float32)"
+
+
+def test_half_precision_is_computed_in_single():
+    left, right = gaussian(30, 3).astype(np.float16), gaussian(3, 20, seed=1).astype(np.float16)
+    f = lr.LowRank(left, right)
+    exact = np.linalg.norm(left.astype(float) @ right.astype(float))
+    assert f.norm() == pytest.approx(exact, rel=1e-5)
+    assert f.svd().u.dtype == np.float32

@@ -288,9 +288,24 @@ def test_degenerate_weights(name, kind):
         (weight(), 22, {}, ValueError, r"rank must be in 1\.\.20 for shape 30 x 20, got 22"),
         (weight(), True, {}, TypeError, "rank must be an integer, got True"),
         (weight(), 2.0, {}, TypeError, "rank must be an integer, got 2.0"),
-        (weight(), 2, {"alpha": 0}, ValueError, "alpha must be positive, got 0"),
-        (weight(), 2, {"alpha": -1.0}, ValueError, "alpha must be positive, got -1.0"),
-        (weight(), 2, {"alpha": math.nan}, ValueError, "alpha must be positive, got nan"),
+        (weight(), 2, {"alpha": 0}, ValueError, "alpha must be positive and finite, got 0"),
+        (weight(), 2, {"alpha": -1.0}, ValueError, "alpha must be positive and finite, got -1.0"),
+        (
+            weight(),
+            2,
+            {"alpha": math.nan},
+            ValueError,
+            "alpha must be positive and finite, got nan",
+        ),
+        (
+            weight(),
+            2,
+            {"alpha": math.inf},
+            ValueError,
+            "alpha must be positive and finite, got inf",
+        ),
+        (weight().astype(np.int8), 2, {}, TypeError, "got int8; dequantize it first"),
+        (weight() > 0, 2, {}, TypeError, "weight must be floating, got bool"),
         (weight()[0], 1, {}, ValueError, r"weight must be a matrix, got shape \(20,\)"),
         (weight()[None], 1, {}, ValueError, r"weight must be a matrix, got shape \(1, 30, 20\)"),
     ],
@@ -300,7 +315,7 @@ def test_refusals(name, w, rank, options, error, text):
         INITIALIZERS[name](w, rank, **options)
 
 
-@pytest.mark.parametrize("name", ["pissa", "milora", "olora"])
+@every
 def test_weights_that_are_not_finite(name, xp):
     w = weight()
     w[3, 2] = np.nan

@@ -111,6 +111,7 @@ def check_operator(operator, a):
     assert_adjoint(operator)
     x, y = gaussian(n, 3, dtype=a.dtype), gaussian(m, 3, seed=1, dtype=a.dtype)
     both = operator.normal(bring(x))
+    sides = operator.two_sided(bring(x), bring(y))
     for product, expected in (
         (operator.matmul(bring(x)), a @ x),
         (operator.rmatmul(bring(y)), a.conj().T @ y),
@@ -124,6 +125,8 @@ def check_operator(operator, a):
         (operator.mT.to_dense(), a.T),
         (operator.mH.to_dense(), a.conj().T),
         (both[0], a @ x),
+        (sides[0], a @ x),
+        (sides[1], a.conj().T @ y),
         (both[1], a.conj().T @ (a @ x)),
     ):
         assert product.dtype == operator.dtype
@@ -156,7 +159,12 @@ def test_low_precision_is_read_by_rows(half):
     check_operator(operator, wide.astype(to_host(operator.to_dense()).dtype))
 
 
-def test_rows_are_read_once_by_normal():
+@pytest.mark.parametrize(
+    "product",
+    [lambda a, x, y: a.normal(x), lambda a, x, y: a.two_sided(x, y)],  # noqa: ARG005
+    ids=["normal", "two_sided"],
+)
+def test_rows_are_read_once(product):
     a, reads = dense(REAL), []
 
     def read(start, stop):
@@ -164,7 +172,7 @@ def test_rows_are_read_once_by_normal():
         return a[start:stop]
 
     operator = Rows(a.shape, read, like=a[:0, :0], rows=10)
-    operator.normal(np.ones((SHAPE[1], 2)))
+    product(operator, np.ones((SHAPE[1], 2)), np.ones((SHAPE[0], 3)))
     assert reads == [(0, 10), (10, 20), (20, 23)]
 
 
@@ -274,3 +282,61 @@ def test_empty_rows_and_columns():
 
 def test_repr():
     assert repr(lr.as_operator(np.ones((3, 2)))) == "Dense(3 x 2, float64)"
+
+
+def test_repeated_entries_of_a_sparse_matrix_are_summed():
+    where = np.repeat(np.arange(5), 4)
+    data = np.repeat(1.0 / np.arange(1, 6) / 4, 4)
+    a = scipy.sparse.csr_array((data, where, np.arange(0, 21, 4)), shape=(5, 5))
+    operator = lr.as_operator(a)
+    assert operator.norm() == pytest.approx(np.linalg.norm(1.0 / np.arange(1, 6)))
+    assert not a.has_canonical_format
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e-310])
+def test_norms_at_extreme_scales(scale):
+    a = dense(REAL)
+    expected = np.linalg.norm(a)
+    rows = Rows(a.shape, lambda start, stop: a[start:stop] * scale, like=a[:0, :0], rows=7)
+    total = lr.as_operator(a * scale) + lr.as_operator(0 * a)
+    for operator in (rows, total, lr.as_operator(a * scale)):
+        assert abs(operator.norm() / scale - expected) <= 1e-12 * expected or scale < 1e-300
+
+
+def test_subnormal_norm():
+    assert lr.as_operator(np.full((3, 3), 1e-40, np.float32)).norm() == pytest.approx(3e-40)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda a: 1j * lr.as_operator(a), "cannot be multiplied by the complex number"),
+        (lambda a: 1j * lr.LowRank(a, a.T), "cannot be multiplied by the complex number"),
+        (
+            lambda a: lr.as_operator(a) + lr.as_operator(a.astype(complex)),
+            "one dtype, got float64 and complex128",
+        ),
+        (
+            lambda a: lr.as_operator(a) @ lr.as_operator(a.T.astype(np.float32)),
+            "one dtype, got float64 and float32",
+        ),
+    ],
+)
+def test_operators_of_different_kinds(call, text):
+    with pytest.raises(TypeError, match=text):
+        call(dense(REAL))
+
+
+def test_a_parameter_of_torch_is_read_without_its_history():
+    weight = torch.nn.Parameter(torch.ones(200, 150, dtype=torch.bfloat16))
+    f = lr.truncated_svd(weight, 2)
+    assert not f.u.requires_grad
+    assert float(f.s[0]) == pytest.approx((200 * 150) ** 0.5)
+
+
+def test_negated_views_of_torch():
+    z = torch.complex(torch.ones(120, 110), torch.arange(110.0) + torch.zeros(120, 1))
+    view = z.conj().imag
+    assert view.is_neg()
+    f = lr.truncated_svd(view, 1)
+    assert float(f.s[0]) == pytest.approx(float(torch.linalg.norm(view.resolve_neg())), rel=1e-5)

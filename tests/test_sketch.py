@@ -291,3 +291,9 @@ def test_seeds():
         one, same, other = (function(a, 3, rng=seed).to_dense() for seed in (0, 0, 1))
         assert np.array_equal(one, same)
         assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("function", [lr.nystrom, lr.generalized_nystrom])
+def test_oversampling_is_not_negative(function):
+    with pytest.raises(ValueError, match="oversampling must be at least 0, got -2"):
+        function(np.eye(20), 10, oversampling=-2)

@@ -146,3 +146,13 @@ def test_overlap_of_nested_and_orthogonal_ranges():
     q = orthonormal(20, 6, np.random.default_rng(0))
     assert lr.subspace_overlap(q[:, :2], q) == pytest.approx(1.0, rel=100 * EPS)
     assert lr.subspace_overlap(q[:, :2], q[:, 2:]) <= 100 * EPS
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_effective_rank_needs_finite_values(bad):
+    with pytest.raises(ValueError, match="singular values must be finite"):
+        lr.effective_rank(np.array([1.0, bad]))
+
+
+def test_effective_rank_of_the_largest_floats():
+    assert lr.effective_rank(np.full(10, 3e38, np.float32)) == pytest.approx(10.0)

@@ -362,8 +362,55 @@ def test_difference_of_low_rank_and_sparse_is_never_dense():
 
 def test_operator_needs_a_reachable_tolerance():
     operator = lr.as_operator(scipy.sparse.eye_array(2000))
-    with pytest.raises(ValueError, match=r"not an array needs rank, or tol of at least 6\.0e-08"):
+    with pytest.raises(ValueError, match=r"not an array needs rank, or tol of at least 2\.1e-07"):
         lr.truncated_svd(operator)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("tol", [None, 1e-6, 1e-2, 0.05])
+@pytest.mark.parametrize("rank", [17, 26])
+def test_no_copy_of_a_repeated_value_is_missed(rank, tol, dtype):
+    # More copies than the space has random columns, and a value next to them.
+    s = np.r_[np.ones(17), 0.956 * np.linspace(1, 0.2, 217)]
+    a = np.diag(s).astype(dtype)
+    for seed in range(6):
+        f = lr.truncated_svd(a, rank, tol=tol, rng=seed)
+        assert np.all(abs(f.s - s[:rank]) <= f.bounds + 10 * np.finfo(dtype).eps)
+
+
+LOW_ENERGY_TAILS = {
+    "two large": np.r_[np.full(2, 10.0), 0.03414 * np.linspace(1.1, 1.0, 187)],
+    "power law": 1.0 / np.arange(1.0, 201.0) ** 1.5,
+    "geometric": 10.0 ** (-4.0 * np.arange(180.0) / 180),
+}
+
+
+@pytest.mark.parametrize("tol", [1.6e-3, 1.965e-3, 5.5e-3, 0.03])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", LOW_ENERGY_TAILS)
+def test_tolerance_is_respected_next_to_rounding(name, dtype, tol):
+    s = LOW_ENERGY_TAILS[name]
+    a = with_spectrum(s, len(s) + 40, len(s)).astype(dtype)
+    f = lr.truncated_svd(a, tol=tol, rng=0)
+    size = np.linalg.norm(wide(a))
+    error = np.linalg.norm(wide(a) - (wide(f.u) * wide(f.s)) @ wide(f.vh))
+    eps = np.finfo(dtype).eps
+    assert error <= tol * size * (1 + 10 * np.sqrt(eps))
+    assert abs(error - f.error) <= 0.05 * error + 10 * eps * size
+
+
+def test_error_has_digits_below_the_root_of_rounding():
+    a = with_spectrum(1.0 / np.arange(1.0, 3.0), 363, 363).astype(np.float32)
+    f = lr.truncated_svd(a, tol=0.01, rng=0)
+    assert f.rank == 2
+    assert f.error <= 10 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("shape", [(600, 900), (300, 4000)])
+def test_noise_by_tolerance_needs_almost_all(shape):
+    a = gaussian(*shape, dtype=np.float32)
+    f = lr.truncated_svd(row_operator(a), tol=0.05, rng=0)
+    assert np.linalg.norm(a - f.to_dense()) <= 0.051 * np.linalg.norm(a)
 
 
 # -- a fixed number of reads --

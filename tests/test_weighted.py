@@ -138,3 +138,10 @@ def test_refusals(options, text):
 def test_bad_ranks(rank, error):
     with pytest.raises(error, match="rank must be"):
         lr.weighted_low_rank(weight(), rank, covariance=np.eye(N))
+
+
+@pytest.mark.parametrize("kind", ["inputs", "covariance"])
+def test_complex_data_needs_a_complex_matrix(kind):
+    data = np.eye(4) + 0j
+    with pytest.raises(TypeError, match="w must be complex where its inputs are"):
+        lr.weighted_low_rank(gaussian(5, 4), 2, **{kind: data})

@@ -22,7 +22,9 @@ from lowrank_sp._arrays import (
     as_compute,
     compute_dtype,
     device,
+    dtype_name,
     from_host,
+    is_inexact,
     max_abs,
     namespace,
     slices,
@@ -85,6 +87,7 @@ def lora(
     m, n, scale, dtype = _checked(weight, rank, alpha, dtype)
     draw = np.random.default_rng(rng).uniform(-1.0, 1.0, (rank, n)) / n**0.5
     down = from_host(draw, weight, dtype)
+    _check_finite(weight)
     return Initialization(_zeros((m, rank), down), down, scale, weight)
 
 
@@ -98,6 +101,7 @@ def gaussian(
     m, n, scale, dtype = _checked(weight, rank, alpha, dtype)
     draw = np.random.default_rng(rng).standard_normal((rank, n)) / rank
     down = from_host(draw, weight, dtype)
+    _check_finite(weight)
     return Initialization(_zeros((m, rank), down), down, scale, weight)
 
 
@@ -114,6 +118,7 @@ def orthogonal(
     m, n, scale, dtype = _checked(weight, rank, alpha, dtype)
     if rank % 2:
         raise ValueError(f"rank must be even for the orthogonal initialization, got {rank}")
+    _check_finite(weight)
     generator = np.random.default_rng(rng)
     q, _ = np.linalg.qr(generator.standard_normal((rank, rank)))
     down = (generator.standard_normal((n, rank // 2)) @ q[0::2]).T / 10
@@ -191,8 +196,7 @@ def olora(
     size = xp.where(size > 0, xp.astype(size, r.dtype), one)
     up = q * xp.where(abs(diagonal) > 0, diagonal / size, one)
     down = adjoint(up) @ wide
-    if not math.isfinite(max_abs(down)):
-        raise ValueError("the weight must be finite, got NaN or infinite entries")
+    _check_finite(down)
     return _compensated(weight, xp.astype(up, dtype), xp.astype(down, dtype), scale, None)
 
 
@@ -217,9 +221,18 @@ def _checked(
     m, n = weight.shape
     check_rank(rank, min(m, n), (m, n))
     alpha = rank if alpha is None else alpha
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive and finite, got {alpha}")
+    if not is_inexact(weight.dtype):
+        raise TypeError(
+            f"weight must be floating, got {dtype_name(weight.dtype)}; dequantize it first"
+        )
     return m, n, alpha / rank, compute_dtype(xp, weight.dtype) if dtype is None else dtype
+
+
+def _check_finite(weight: Array) -> None:
+    if not math.isfinite(max_abs(weight)):
+        raise ValueError("the weight must be finite, got NaN or infinite entries")
 
 
 def _zeros(shape: tuple[int, int], like: Array) -> Array:

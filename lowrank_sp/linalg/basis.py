@@ -11,6 +11,7 @@ Singular values come from ``y``, never from its Gram matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,12 @@ NOT_FINITE = (
     "the matrix must be finite, got NaN or infinite entries, or entries too large to multiply; "
     "clean or rescale it first"
 )
+
+
+def check_oversampling(oversampling: int) -> None:
+    """Raise where a sketch is asked to have fewer columns than the rank."""
+    if oversampling < 0:
+        raise ValueError(f"oversampling must be at least 0, got {oversampling}")
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,14 @@ def orthonormalize_against(p: Array, z: Array, floor: float) -> tuple[Array, Arr
     The second round of projection and orthonormalization restores what small ``z`` lost. What it
     halves was rounding to begin with: it is dropped, like directions no longer than ``floor``.
     """
+    xp = namespace(p, z)
     q, first = orthonormalize(z, floor=floor)
-    q, second = orthonormalize(project_out(p, q), floor=0.5)
+    overlap = adjoint(p) @ q
+    q = q - p @ overlap
+    # The Gram matrix of q is now I - overlap^H overlap.
+    if overlap.shape[0] == 0 or float(xp.sum(abs(overlap) ** 2)) <= eps(q.dtype):
+        return q, first
+    q, second = orthonormalize(q, floor=0.5)
     return q, second @ first
 
 
@@ -148,7 +161,7 @@ def project_out(p: Array, z: Array) -> Array:
 def inject(a: LinearOperator, basis: Basis, width: int, rng: np.random.Generator) -> Basis:
     """Add random directions to the fresh block, by another sketch ``A^H omega``: one read."""
     xp = namespace(basis.p)
-    width = min(width, a.shape[1] - basis.columns - basis.fresh.shape[1])
+    width = min(width, min(a.shape) - basis.columns - basis.fresh.shape[1])
     known = xp.concat([basis.p, basis.fresh], axis=1)
     z = a.sketch(width, rng)
     random, _ = orthonormalize_against(known, project_out(known, z), 10 * eps(a.dtype) * basis.size)
@@ -191,10 +204,16 @@ def residuals(basis: Basis, theta: np.ndarray, vectors: np.ndarray) -> np.ndarra
     return np.divide(out, theta, out=np.zeros_like(theta), where=theta > 0)
 
 
-def triplets(basis: Basis, k: int) -> tuple[Array, np.ndarray, Array, np.ndarray]:
-    """The ``k`` leading Ritz triplets ``u, s, v``, and the coordinates of ``v`` in ``p``."""
+def triplets(
+    basis: Basis, wanted: Callable[[np.ndarray], int | None]
+) -> tuple[Array, np.ndarray, Array, np.ndarray]:
+    """The leading Ritz triplets ``u, s, v``, and the coordinates of ``v`` in ``p``.
+
+    As many as are ``wanted`` of the values ``s``, or all of them.
+    """
     q, r = orthonormalize(basis.y)
     left, s, right = np.linalg.svd(to_host(r).astype(basis.gram.dtype), full_matrices=False)
+    k = wanted(s) or len(s)
     small = right[:k].conj().T
     u = q @ from_host(left[:, :k], q)
     return u, s[:k], basis.p @ from_host(small, basis.p), small

@@ -61,26 +61,32 @@ class _Search:
     def target(self, s: np.ndarray) -> float:
         return max(self.tol * float(np.min(s, initial=math.inf)), 2 * self.unit)
 
-    def grow(self, basis: Basis) -> Basis:
-        """Expand until the recurrence shows convergence, or can show no more."""
+    def grow(self, basis: Basis, least: int) -> Basis:
+        """Expand, up to ``least`` reads at least, until the recurrence shows convergence, or can
+        show no more.
+        """  # noqa: D205
         checks: list[tuple[int, float, float]] = []
         while basis.fresh.shape[1] and basis.reads < self.max_reads:
             basis = expand(self.a, self._restarted(basis))
-            if basis.reads < _next_check(checks):
+            if basis.reads < max(least, _next_check(checks)):
                 continue
             theta, vectors = ritz(basis.gram)
             theta = np.sqrt(theta)
             k = self.wanted(theta)
             if k is None or k > basis.columns:
+                # The cost of looking grows faster than that of a read.
+                least = basis.reads + max(1, basis.reads // 8)
                 continue
-            target, rounding = self.target(theta[:k]), _rounding(theta[:k], self.unit)
-            residual = float(residuals(basis, theta[:k], vectors[:, :k]).max())
-            checks.append((basis.reads, residual, target))
+            theta, target = theta[:k], self.target(theta[:k])
+            rounding = _rounding(theta, self.unit)
+            bounds = residuals(basis, theta, vectors[:, :k]) + rounding
+            largest = float(bounds.max())
+            checks.append((basis.reads, largest, target))
             if rounding[-1] > target / 2:
                 break
-            if residual + rounding[-1] <= target and (
-                _copies(theta[:k], 2 * (residual + rounding[-1])) < basis.sketched
-                or residual < 1e-2 * target
+            if largest <= target and (
+                _displacement(theta, bounds, basis.sketched)[-1] <= target
+                or largest < 1e-2 * target
             ):
                 break
         return basis
@@ -96,21 +102,22 @@ class _Search:
 
     def extract(self, basis: Basis) -> Found:
         """Triplets with residuals from the recurrence: no read."""
-        k = self.wanted(np.sqrt(ritz(basis.gram)[0])) or basis.columns
-        u, s, v, small = triplets(basis, k)
+        u, s, v, small = triplets(basis, self.wanted)
+        k = len(s)
         bounds = residuals(basis, s, small) + _rounding(s, self.unit)
-        converged = len(s) == k and bool(np.all(bounds <= self.target(s)))
+        converged = self.wanted(s) == k and bool(np.all(bounds <= self.target(s)))
         return Found(u, s, v, bounds, converged)
 
-    def polish(self, basis: Basis, k: int) -> tuple[Basis, Found]:
+    def polish(self, basis: Basis) -> tuple[Basis, Found]:
         """Triplets with residuals ``A^H u - s v`` themselves, which also expand the basis."""
         xp = namespace(basis.p)
         while True:
-            u, s, v, _ = triplets(basis, k)
+            u, s, v, _ = triplets(basis, self.wanted)
             z = self.a.rmatmul(u) - v * from_host(s, v)
             residual = to_host(xp.linalg.vector_norm(z, axis=0)).astype(np.float64)
             z = project_out(basis.p, z)
             fresh, _ = orthonormalize_against(basis.p, z, 2 * self.unit)
+            fresh = fresh[:, : min(fresh.shape[1], min(self.a.shape) - basis.columns)]
             basis = replace(basis, fresh=fresh, reads=basis.reads + 1)
             converged = bool(np.all(residual <= self.target(s)))
             if converged or not fresh.shape[1] or basis.reads >= self.max_reads:
@@ -162,8 +169,10 @@ def block_krylov(
     Notes
     -----
     A space grown from ``w`` random columns holds at most ``w`` copies of a repeated singular value.
-    So when ``w`` wanted values coincide within the tolerance, more random columns are added until
-    the copies are outnumbered; with probability one, none is missed.
+    So when ``w`` wanted values coincide within their bounds, and lie above the last one by more
+    than the tolerance, more random columns are added until the copies are outnumbered; with
+    probability one, none is missed. Where further copies could only change values by less than the
+    tolerance, the search ends and the bounds widen by as much.
 
     Where singular values are so graded that rounding in ``A^H A`` hides the residual, the method
     goes on with the residuals ``A^H u - s v`` themselves, at two reads a step.
@@ -179,25 +188,34 @@ def block_krylov(
         max_columns or n,
         max_reads,
     )
+    least = steps = 0
+    polished = False
     while True:
-        basis = search.grow(basis)
+        basis = search.grow(basis, least)
         found = search.extract(basis)
-        if not found.converged and basis.reads < max_reads:
-            basis, found = search.polish(basis, search.wanted(found.s) or basis.columns)
+        if (polished or not found.converged) and basis.reads < max_reads:
+            # What a polished basis lacks is no longer known to the recurrence.
+            basis, found = search.polish(basis)
+            polished = True
         told = search.wanted(found.s)
         k = told or len(found.s)
-        spread = 2 * float(np.max(found.bounds, initial=0.0))
-        hidden = _copies(found.s, spread) >= basis.sketched
-        enough = told is not None and k <= len(found.s) and not hidden
-        if enough or basis.columns >= min(m, n):
+        whole = basis.columns >= min(m, n)
+        most = min(m, n) if whole else basis.sketched
+        displaced = _displacement(found.s, found.bounds, most)
+        hidden = float(np.max(displaced, initial=0.0)) > search.target(found.s)
+        if whole or (told is not None and k <= len(found.s) and not hidden):
             break
-        if basis.reads >= max_reads:
-            found = found._replace(converged=False)
-            break
-        known = basis.columns + basis.fresh.shape[1]
-        basis = inject(scaled, basis, width, rng)
+        known, steps = basis.columns + basis.fresh.shape[1], steps or basis.reads
+        if basis.reads < max_reads:
+            basis = inject(scaled, basis, width, rng)
         if basis.columns + basis.fresh.shape[1] == known:
+            found = found._replace(converged=found.converged and basis.reads < max_reads)
             break
+        # New columns bring out their copies in as many steps as the first ones did.
+        least = basis.reads + steps
+    if told is None:
+        found = found._replace(converged=False)
+    found = found._replace(bounds=found.bounds + displaced)
     svd = _finish(found, k, factor, 2 * search.unit, rng)
     return Krylov(svd, found.converged, basis.reads, basis.columns)
 
@@ -209,7 +227,7 @@ def fixed_reads(a: LinearOperator, rank: int, *, width: int, reads: int, rng: RN
     while basis.reads < reads and basis.fresh.shape[1]:
         basis = expand(scaled, basis)
     unit = 5 * eps(a.dtype) * basis.size
-    u, s, v, small = triplets(basis, basis.columns)
+    u, s, v, small = triplets(basis, len)
     bounds = residuals(basis, s, small) + _rounding(s, unit)
     error = math.hypot(leave_one_out(basis), float(np.linalg.norm(s[rank:])))
     svd = _finish(Found(u, s, v, bounds, True), rank, factor, 2 * unit, generator)
@@ -247,9 +265,17 @@ def _next_check(checks: list[tuple[int, float, float]]) -> float:
     return reads + max(1, min(int(ahead), reads // 4))
 
 
-def _copies(s: np.ndarray, spread: float) -> int:
-    """Most entries of ``s`` that lie within ``spread`` of one of them."""
-    return int(np.max(np.sum(np.abs(s[:, None] - s) <= spread, axis=0), initial=0))
+def _displacement(s: np.ndarray, bounds: np.ndarray, most: int) -> np.ndarray:
+    """How far each value may lie below the true one of its index, for want of copies.
+
+    The space holds at most ``most`` copies of a repeated value. ``most`` values in a row that their
+    bounds cannot tell apart may be such, and further copies would take the places of what follows.
+    """
+    if len(s) < most:
+        return np.zeros_like(s)
+    reach = np.lib.stride_tricks.sliding_window_view(bounds, most).max(axis=1)
+    alike = np.flatnonzero(s[: len(s) - most + 1] - s[most - 1 :] <= 2 * reach)
+    return np.maximum(s[alike[0]] - s, 0.0) if len(alike) else np.zeros_like(s)
 
 
 def _complete(q: Array, k: int, rng: np.random.Generator) -> Array:

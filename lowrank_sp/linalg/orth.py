@@ -93,22 +93,21 @@ def _times(x: Array, small: np.ndarray) -> Array:
 
 def _cholesky(gram: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """``(r, inverse, shifted)`` with ``gram = r^H r``, without rows for columns that are zero."""
-    lengths = np.sqrt(np.abs(np.diag(gram)))
-    alive = np.flatnonzero(lengths > 0)
-    lengths = lengths[alive]
-    k = len(alive)
-    unit = gram[np.ix_(alive, alive)] / np.outer(lengths, lengths)
+    lengths = np.sqrt(np.abs(gram.diagonal()))
+    k = len(gram)
+    if not lengths.all():
+        alive = np.flatnonzero(lengths)
+        r, inverse = np.zeros((len(alive), k), gram.dtype), np.zeros((k, len(alive)), gram.dtype)
+        r[:, alive], inverse[alive], _ = _cholesky(gram[np.ix_(alive, alive)], m)
+        return r, inverse, True
+    unit = gram / (lengths * lengths[:, None])
     # The norm of a Gram matrix of unit columns is at most k.
     shift = 11 * (m * k + k * (k + 1)) * eps(np.float64) * k
     upper = _factor(unit)
-    shifted = float(np.min(np.abs(np.diag(upper)), initial=1.0)) ** 2 < 2 * shift
+    shifted = float(np.min(np.abs(upper.diagonal()), initial=1.0)) ** 2 < 2 * shift
     if shifted:
         upper = _factor(unit + shift * np.eye(k))
-    r = np.zeros((k, len(gram)), dtype=gram.dtype)
-    r[:, alive] = upper * lengths
-    inverse = np.zeros((len(gram), k), dtype=gram.dtype)
-    inverse[alive] = np.linalg.inv(upper) / lengths[:, None]
-    return r, inverse, shifted or k < len(gram)
+    return upper * lengths, np.linalg.inv(upper) / lengths[:, None], shifted
 
 
 def _factor(unit: np.ndarray) -> np.ndarray:

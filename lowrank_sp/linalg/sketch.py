@@ -23,6 +23,7 @@ from lowrank_sp._arrays import (
     to_host,
 )
 from lowrank_sp.factors import SVD, LowRank, check_rank
+from lowrank_sp.linalg.basis import NOT_FINITE, check_oversampling
 from lowrank_sp.linalg.orth import orthonormalize
 from lowrank_sp.operators import as_operator
 
@@ -197,7 +198,7 @@ def _least_squares(a: Array, b: Array) -> Array:
 def generalized_nystrom(
     a: Any, rank: int, *, oversampling: int | None = None, rng: RNG = None
 ) -> LowRank:
-    r"""Near-best approximation from a sketch on either side, without orthogonalizing a tall block.
+    r"""Near-best approximation from one read, without orthogonalizing a tall block.
 
     .. math:: A \approx (A X)\, (Y^H A X)^{+}\, (Y^H A)
 
@@ -220,11 +221,14 @@ def generalized_nystrom(
     m, n = operator.shape
     rank = check_rank(rank, min(m, n), (m, n))
     extra = max(1, rank // 2) if oversampling is None else oversampling
+    check_oversampling(extra)
     generator = np.random.default_rng(rng)
     x = standard_normal((n, rank), like=operator.like, rng=generator)
     y = standard_normal((m, min(m, rank + extra)), like=operator.like, rng=generator)
-    columns, rows = operator.matmul(x), operator.rmatmul(y)
+    columns, rows = operator.two_sided(x, y)
     xp = namespace(columns)
+    if not math.isfinite(max_abs(columns)):
+        raise ValueError(NOT_FINITE)
     u, s, vh = xp.linalg.svd(adjoint(y) @ columns, full_matrices=False)
     keep = int(xp.sum(xp.astype(s > 10 * eps(s.dtype) * max_abs(s), xp.int32)))
     scale = xp.astype(s[:keep], u.dtype)
@@ -262,12 +266,13 @@ def nystrom(a: Any, rank: int, *, oversampling: int = 8, rng: RNG = None) -> SVD
     if operator.shape != (n, n):
         raise ValueError(f"a must be square, got shape {operator.shape}")
     rank = check_rank(rank, n, (n, n))
+    check_oversampling(oversampling)
     width = min(n, rank + oversampling)
     omega, _ = orthonormalize(standard_normal((n, width), like=operator.like, rng=rng))
     y = operator.matmul(omega)
     size = frobenius(y)
     if not math.isfinite(size):
-        raise ValueError("the matrix must be finite, got NaN or infinite entries")
+        raise ValueError(NOT_FINITE)
     # A shift of rounding size makes the core positive definite; it is taken off again below.
     shift = n**0.5 * eps(operator.dtype) * size
     y = y + shift * omega

@@ -18,10 +18,13 @@ def effective_rank(s: Array) -> float:
         Non-negative singular values. All zero gives 0.
     """
     xp = namespace(s)
-    total = float(xp.sum(s))
-    if total == 0.0:
+    largest = max_abs(s)
+    if not math.isfinite(largest):
+        raise ValueError("singular values must be finite, got NaN or infinity")
+    if largest == 0.0:
         return 0.0
-    p = s / total
+    p = s / largest
+    p = p / xp.sum(p)
     p = xp.where(p > 0, p, xp.ones_like(p))
     return math.exp(-float(xp.sum(p * xp.log(p))))
 

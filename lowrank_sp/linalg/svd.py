@@ -16,6 +16,7 @@ from lowrank_sp._arrays import (
     as_compute,
     device,
     eps,
+    frobenius,
     host_view,
     inner,
     is_array,
@@ -23,11 +24,12 @@ from lowrank_sp._arrays import (
     max_abs,
     namespace,
     real_dtype,
+    slices,
     to_host,
 )
 from lowrank_sp.factors import SVD, check_rank
 from lowrank_sp.linalg import krylov
-from lowrank_sp.linalg.basis import NOT_FINITE
+from lowrank_sp.linalg.basis import NOT_FINITE, check_oversampling
 from lowrank_sp.linalg.orth import orthonormalize
 from lowrank_sp.operators import LinearOperator, as_operator
 
@@ -148,8 +150,7 @@ def randomized_svd(
     rank = check_rank(rank, min(m, n), (m, n))
     if reads < 2:
         raise ValueError(f"reads must be at least 2, got {reads}; one read gives only a sketch")
-    if oversampling < 0:
-        raise ValueError(f"oversampling must be at least 0, got {oversampling}")
+    check_oversampling(oversampling)
     oriented, flipped = _oriented(operator)
     width = min(m, n, rank + oversampling)
     with oriented.session():
@@ -267,15 +268,19 @@ def _truncated(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG)
     truncation = None if rank is not None else tol
     if dense and (short <= _SMALL or (rank is None and (tol is None or tol < accuracy))):
         return _lapack(a.to_dense()).truncate(rank, tol=truncation)
-    if rank is None and (tol is None or tol < accuracy):
+    # Below this, what the values found lack of the norm is rounding in compute precision.
+    resolved = rank is not None or (tol is not None and tol >= 3.5 * accuracy)
+    if not (dense or resolved):
         raise ValueError(
-            f"an operator that is not an array needs rank, or tol of at least {accuracy:.1e}"
+            f"an operator that is not an array needs rank, or tol of at least {3.5 * accuracy:.1e}"
         )
     norm = math.nan if rank is not None else a.norm()
     wanted = _exactly(rank) if rank is not None else _energy(tol or 0.0, norm)
     accuracy = tol or accuracy if rank is not None else accuracy
     budget = (_EIGH * short**3 + _GRAM * short**2 * long) / (_KRYLOV * m * n) if dense else math.inf
-    if 4 * (rank or 1) + 48 <= budget:
+    if rank is None:
+        budget /= 4  # a space of unknown size may grow in vain
+    if resolved and 4 * (rank or 1) + 48 <= budget:
         oriented, flipped = _oriented(a)
         width = min(max(oriented.block_columns, min((rank or 1) // 4, 16)), short)
         with oriented.session():
@@ -289,7 +294,7 @@ def _truncated(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG)
                 max_reads=budget / width + 2,
             )
         if found.converged or not dense:
-            return _with_error(found.svd.mH if flipped else found.svd, norm)
+            return _with_error(found.svd.mH if flipped else found.svd, norm, a)
     tall = a.mH if n > m else a
     index = None if rank is None else slice(short - rank, short)
     f = _gram_svd(tall, wanted, index, accuracy)
@@ -315,11 +320,26 @@ def _energy(tol: float, norm: float) -> Wanted:
     return wanted
 
 
-def _with_error(f: SVD, norm: float) -> SVD:
-    if math.isnan(norm):
-        return f
-    tail = max(0.0, 1.0 - (float(f.norm()) / norm) ** 2) if norm else 0.0
-    return replace(f, error=norm * math.sqrt(tail))
+def _with_error(f: SVD, norm: float, a: LinearOperator) -> SVD:
+    """``f`` with ``||a - f||_F``, unless the ``norm`` of ``a`` is not known.
+
+    From the difference of squared norms where that has digits. Otherwise from ``a - f`` itself if
+    ``a`` is in memory, and if not, the most that it can be.
+    """
+    if math.isnan(norm) or norm == 0.0:
+        return f if norm else replace(f, error=0.0)
+    s = to_host(f.s).astype(np.float64) / norm
+    tail, rounding = max(0.0, 1.0 - float(s @ s)), 20 * eps(f.s.dtype) * float(np.sum(s))
+    if tail > 50 * rounding:
+        return replace(f, error=norm * math.sqrt(tail))
+    if not _fits(a):
+        return replace(f, error=norm * math.sqrt(tail + rounding))
+    dense = a.to_dense()
+    left, right = f.factors()
+    squares = (
+        frobenius(dense[rows, :] - left[rows, :] @ right) ** 2 for rows in slices(a.shape[0], 512)
+    )
+    return replace(f, error=math.sqrt(sum(squares)))
 
 
 def _fits(a: LinearOperator) -> bool:
@@ -372,7 +392,7 @@ def _gram_svd(
     real = real_dtype(xp, dense.dtype)
     u, vh = xp.astype(u, dense.dtype), xp.astype(vh, dense.dtype)
     f = SVD.canonical(u, xp.astype(s, real), vh, xp.astype(bounds, real))
-    return _with_error(f, norm)
+    return _with_error(f, norm, a)
 
 
 def _eigenvectors(gram: Array, wanted: Wanted, index: slice | None) -> Array:
@@ -381,7 +401,7 @@ def _eigenvectors(gram: Array, wanted: Wanted, index: slice | None) -> Array:
         from scipy.linalg import eigh
 
         _, vectors = eigh(
-            gram.conj().T,  # the same matrix, in the order in which LAPACK can overwrite it
+            adjoint(gram),  # the same matrix, in the order in which LAPACK can overwrite it
             subset_by_index=[index.start, index.stop - 1],
             overwrite_a=True,
             check_finite=False,

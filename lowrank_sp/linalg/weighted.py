@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lowrank_sp._arrays import RNG, Array, adjoint, as_compute, eps, frobenius, max_abs, namespace
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    adjoint,
+    as_compute,
+    eps,
+    frobenius,
+    is_complex,
+    max_abs,
+    namespace,
+)
 from lowrank_sp.factors import LowRank, check_rank
 from lowrank_sp.linalg.svd import truncated_svd
 
@@ -75,6 +85,8 @@ def weighted_low_rank(
     data = inputs if covariance is None else covariance
     xp = namespace(w, data)
     w, data = as_compute(w), as_compute(data)
+    if is_complex(data.dtype) and not is_complex(w.dtype):
+        raise TypeError("w must be complex where its inputs are; convert it first")
     m, n = w.shape
     rank = check_rank(rank, min(m, n), (m, n))
     kind, rule = ("inputs", f"(N, {n})") if covariance is None else ("covariance", f"({n}, {n})")

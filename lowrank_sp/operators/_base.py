@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,10 +14,12 @@ from lowrank_sp._arrays import (
     Array,
     adjoint,
     device,
+    dtype_name,
     frobenius,
     is_array,
     is_complex,
     namespace,
+    scalar,
     standard_normal,
 )
 
@@ -78,6 +81,10 @@ class LinearOperator(ABC):
         y = self.matmul(x)
         return y, self.rmatmul(y)
 
+    def two_sided(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """``(A @ x, A^H @ y)``, reading the data once where the operator can."""
+        return self.matmul(x), self.rmatmul(y)
+
     def sketch(self, width: int, rng: RNG = None) -> Array:
         """``A^H @ omega`` with ``width`` Gaussian columns of unit variance."""
         return self.rmatmul(standard_normal((self.shape[0], width), like=self.like, rng=rng))
@@ -88,7 +95,7 @@ class LinearOperator(ABC):
 
     def norm(self) -> float:
         """Frobenius norm. By default from products with blocks of the identity."""
-        return sum(frobenius(block) ** 2 for _, block in self._column_blocks()) ** 0.5
+        return math.hypot(*(frobenius(block) for _, block in self._column_blocks()))
 
     def to_dense(self) -> Array:
         """The matrix itself, of shape ``(m, n)``."""
@@ -200,7 +207,7 @@ class Scaled(LinearOperator):
     def __init__(self, operator: LinearOperator, factor: Any):
         super().__init__(operator.shape, operator.like)
         self.operator = operator
-        self.factor = complex(factor) if is_complex(operator.dtype) else float(factor)
+        self.factor = scalar(factor, operator.dtype)
         self.block_columns = operator.block_columns
 
     def matmul(self, x: Array) -> Array:
@@ -227,7 +234,7 @@ class Sum(LinearOperator):
     def __init__(self, left: LinearOperator, right: LinearOperator):
         if left.shape != right.shape:
             raise ValueError(f"shapes must be equal, got {left.shape} and {right.shape}")
-        namespace(left.like, right.like)
+        _check_alike(left, right)
         super().__init__(left.shape, left.like)
         self.left, self.right = left, right
         self.block_columns = max(left.block_columns, right.block_columns)
@@ -243,7 +250,7 @@ class Product(LinearOperator):
     """``A @ B``."""
 
     def __init__(self, left: LinearOperator, right: LinearOperator):
-        namespace(left.like, right.like)
+        _check_alike(left, right)
         super().__init__((left.shape[0], right.shape[1]), left.like)
         self.left, self.right = left, right
         self.block_columns = max(left.block_columns, right.block_columns)
@@ -253,3 +260,13 @@ class Product(LinearOperator):
 
     def rmatmul(self, x: Array) -> Array:
         return self.right.rmatmul(self.left.rmatmul(x))
+
+
+def _check_alike(left: LinearOperator, right: LinearOperator) -> None:
+    """Raise unless two operators are of one library, device and dtype."""
+    namespace(left.like, right.like)
+    if left.dtype != right.dtype:
+        raise TypeError(
+            f"operators must have one dtype, got {dtype_name(left.dtype)} and "
+            f"{dtype_name(right.dtype)}; convert the data of one of them first"
+        )

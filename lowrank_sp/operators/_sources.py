@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -16,6 +18,7 @@ from lowrank_sp._arrays import (
     adjoint,
     as_compute,
     compute_dtype,
+    detached,
     device,
     frobenius,
     is_array,
@@ -27,9 +30,8 @@ from lowrank_sp.operators._base import LinearOperator
 
 # Rows read at a time from data that is not multiplied in place.
 _BLOCK_BYTES = 2**25
-# Entries from which the compiled product pays: a matrix that fits in cache is multiplied as fast
-# by BLAS.
-_FUSED_SIZE = 2**23
+# Entries from which the compiled product pays: BLAS multiplies a matrix in the L2 cache as fast.
+_FUSED_SIZE = 2**19
 
 
 def as_operator(a: Any) -> LinearOperator:
@@ -53,6 +55,7 @@ def as_operator(a: Any) -> LinearOperator:
     if is_array(a):
         if a.ndim != 2:
             raise ValueError(f"an operator needs a matrix, got an array of shape {tuple(a.shape)}")
+        a = detached(a)
         in_place = a.dtype == compute_dtype(namespace(a), a.dtype)
         return Dense(a) if in_place and not isinstance(a, np.memmap) else Rows.of_array(a)
     library = type(a).__module__.partition(".")[0]
@@ -85,6 +88,10 @@ class Dense(LinearOperator):
         return self.array @ x
 
     def rmatmul(self, x: Array) -> Array:
+        if self.one_read and 1 < x.shape[1] <= 8:
+            from lowrank_sp import _fused
+
+            return _fused.rmatmul(self.array, x)
         # x^H A reads A along its rows, which BLAS libraries do faster than A^H x.
         return adjoint(adjoint(x) @ self.array)
 
@@ -114,12 +121,21 @@ class Dense(LinearOperator):
 
 
 def _has_fused_product(a: Array) -> bool:
-    """Whether the compiled product pays: a large NumPy array, and numba at hand."""
-    if not isinstance(a, np.ndarray) or a.size < _FUSED_SIZE or find_spec("numba") is None:
-        return False
-    from lowrank_sp import _fused
+    """Whether the compiled product pays and takes ``a``, and numba, not loaded here, is at hand."""
+    return (
+        isinstance(a, np.ndarray)
+        and a.size >= _FUSED_SIZE
+        and a.dtype in (np.float32, np.float64)
+        and a.strides[1] == a.itemsize
+        and a.shape[0] >= 3
+        and a.shape[1] * a.itemsize >= 64
+        and _has_numba()
+    )
 
-    return _fused.fits(a)
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 class Rows(LinearOperator):
@@ -183,13 +199,21 @@ class Rows(LinearOperator):
             z = z + adjoint(adjoint(parts[-1]) @ block)
         return self._stack(parts, x.shape[1]), z
 
+    def two_sided(self, x: Array, y: Array) -> tuple[Array, Array]:
+        z = namespace(x).zeros((self.shape[1], y.shape[1]), dtype=self.dtype, device=self.device)
+        parts = []
+        for start, block in self.row_blocks():
+            parts.append(block @ x)
+            z = z + adjoint(adjoint(y[start : start + block.shape[0], :]) @ block)
+        return self._stack(parts, x.shape[1]), z
+
     def _stack(self, parts: list[Array], width: int) -> Array:
         xp = namespace(self.like)
         empty = xp.zeros((0, width), dtype=self.dtype, device=self.device)
         return xp.concat([empty, *parts], axis=0)
 
     def norm(self) -> float:
-        return sum(frobenius(block) ** 2 for _, block in self.row_blocks()) ** 0.5
+        return math.hypot(*(frobenius(block) for _, block in self.row_blocks()))
 
     def to_dense(self) -> Array:
         return self._stack([block for _, block in self.row_blocks()], self.shape[1])
@@ -200,13 +224,18 @@ class Sparse(LinearOperator):
 
     def __init__(self, a: Any):
         super().__init__(a.shape, np.empty((0, 0), dtype=compute_dtype(np, a.dtype)))
-        self.matrix = a.tocsr().astype(self.dtype, copy=False)
+        matrix = a.tocsr().astype(self.dtype, copy=False)
+        if not matrix.has_canonical_format:
+            matrix = matrix.copy()
+            matrix.sum_duplicates()
+        self.matrix = matrix
 
     def matmul(self, x: Array) -> Array:
         return self.matrix @ x
 
     def rmatmul(self, x: Array) -> Array:
-        return self.matrix.T.conj() @ x
+        # conj() copies, of real matrices too.
+        return (self.matrix.conj() if is_complex(self.dtype) else self.matrix).T @ x
 
     def norm(self) -> float:
         return frobenius(self.matrix.data)
@@ -250,11 +279,15 @@ class Dask(LinearOperator):
         return np.concatenate(parts)
 
     def rmatmul(self, x: Array) -> Array:
-        edges = np.cumsum((0, *self.array.chunks[0]))
-        return self._compute(_block_rmatmul, [x[a:b] for a, b in pairwise(edges)])[1]
+        return self._compute(_block_rmatmul, self._rows_of(x))[1]
 
     def normal(self, x: Array) -> tuple[Array, Array]:
         parts, z = self._compute(_block_normal, [x] * self.array.numblocks[0])
+        return np.concatenate(parts), z
+
+    def two_sided(self, x: Array, y: Array) -> tuple[Array, Array]:
+        columns = [x] * self.array.numblocks[0]
+        parts, z = self._compute(_block_two_sided, columns, self._rows_of(y))
         return np.concatenate(parts), z
 
     def sketch(self, width: int, rng: RNG = None) -> Array:
@@ -266,7 +299,7 @@ class Dask(LinearOperator):
         from dask.base import compute
         from dask.delayed import delayed
 
-        return sum(n**2 for n in compute(*map(delayed(_block_norm), self._blocks()))) ** 0.5
+        return math.hypot(*compute(*map(delayed(_block_norm), self._blocks())))
 
     def to_dense(self) -> Array:
         return self.array.compute().astype(self.dtype, copy=False)
@@ -274,16 +307,19 @@ class Dask(LinearOperator):
     def _blocks(self) -> list[Any]:
         return list(self.array.to_delayed()[:, 0])
 
-    def _compute(self, product: Callable, inputs: list[Any]) -> tuple[list[Array], Array]:
-        """``product(block, input)`` of every block: first results, sum of the second."""
+    def _rows_of(self, x: Array) -> list[Array]:
+        return [x[a:b] for a, b in pairwise(np.cumsum((0, *self.array.chunks[0])))]
+
+    def _compute(self, product: Callable, *inputs: list[Any]) -> tuple[list[Array], Array]:
+        """``product(block, *input)`` of every block: first results, sum of the second."""
         from dask.base import compute
         from dask.delayed import delayed
 
         # One task for an input that all blocks share.
-        shared = {id(x): delayed(x) for x in inputs}
+        shared = {id(x): delayed(x) for values in inputs for x in values}
         pairs = [
-            delayed(product, nout=2)(block, shared[id(x)])
-            for block, x in zip(self._blocks(), inputs, strict=True)
+            delayed(product, nout=2)(block, *(shared[id(x)] for x in values))
+            for block, *values in zip(self._blocks(), *inputs, strict=True)
         ]
         total = _tree_sum([z for _, z in pairs], delayed(_add))
         *parts, z = compute(*[y for y, _ in pairs], total)
@@ -320,6 +356,11 @@ def _block_normal(block: Array, x: Array) -> tuple[Array, Array]:
     block = as_compute(block)
     y = block @ x
     return y, adjoint(adjoint(y) @ block)
+
+
+def _block_two_sided(block: Array, x: Array, y: Array) -> tuple[Array, Array]:
+    block = as_compute(block)
+    return block @ x, adjoint(adjoint(y) @ block)
 
 
 def _block_norm(block: Array) -> float:

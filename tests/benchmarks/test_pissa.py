@@ -69,8 +69,8 @@ METHODS = {
     "PEFT pissa_niter_16": "pissa_niter_16",
     "PEFT pissa": "pissa",
 }
-# On flat spectra, the accuracy that niter_16 reaches there.
-TOL = {"transformer_like": 2e-2, "flat": 1e-1}
+# Residuals at which the error is just below that of niter_16.
+TOL = {"transformer_like": 1e-1, "flat": 6e-2}
 
 
 @pytest.mark.parametrize("method", METHODS)
