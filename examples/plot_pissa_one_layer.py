@@ -83,7 +83,8 @@ for name, start in starts.items():
 # comparison of the methods has to tune it for each of them.
 
 inputs = rng.standard_normal((n, 2048)).astype(np.float32)
-gradient = -0.1 * (rng.standard_normal((m, n)) / n**0.5) @ (inputs @ inputs.T) / 2048
+error = 0.1 * rng.standard_normal((m, n)).astype(np.float32) / np.float32(n**0.5)
+gradient = -error @ (inputs @ inputs.T) / 2048
 
 fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
 for (name, start), color in zip(starts.items(), ("0.4", "C0", "C2", "C1"), strict=True):
