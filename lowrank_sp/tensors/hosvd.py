@@ -129,7 +129,7 @@ def hosvd(
 
 
 def projection_error(x: Array, core: Array, factors: Sequence[Array], norm: float) -> float:
-    """``||X - core x_1 U_1 ... x_N U_N||_F`` of a projection onto orthonormal factors.
+    """Distance of a tensor from its projection onto orthonormal factors.
 
     From ``||X||^2 - ||core||^2`` while that has digits to lose, else from what every mode loses.
     """

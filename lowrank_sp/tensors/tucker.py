@@ -19,7 +19,7 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True, repr=False)
 class Tucker(FactoredTensor):
-    r"""The tensor ``core x_1 U_1 x_2 ... x_N U_N``.
+    r"""A tensor in Tucker format: a core multiplied by a matrix along every mode.
 
     .. math:: X_{i_1 \dots i_N} = \sum_{j_1 \dots j_N} G_{j_1 \dots j_N}
               (U_1)_{i_1 j_1} \cdots (U_N)_{i_N j_N}
