@@ -170,3 +170,20 @@ def test_least_squares_against_dense(complex_, xp):
     assert np.linalg.norm(found - exact) < 1e-11 * np.linalg.norm(exact)
     assert np.linalg.norm(to_host(fit.residual) - (y - a @ found)) < 1e-12 * np.linalg.norm(y)
     assert fit.n_iter <= 10
+
+
+def test_an_interrupted_system_is_not_taken_for_solved():
+    calls = []
+
+    def forward(x):
+        calls.append(x)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return x.core
+
+    def backward(values):
+        return Tangent(values, 0 * values, 0 * values)
+
+    start = backward(np.zeros((2, 2)))
+    with pytest.raises(KeyboardInterrupt):
+        least_squares(forward, backward, np.ones((2, 2)), start, tol=1e-9, max_iter=9)

@@ -1,19 +1,66 @@
-"""Singular values lowered by a constant: the proximal map of the nuclear norm, warm-started."""
+"""Singular values lowered by a constant: the proximal map of the nuclear norm."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, adjoint, max_abs, namespace, standard_normal
 from lowrank_sp.factors import SVD
+from lowrank_sp.linalg.krylov import block_krylov
 from lowrank_sp.linalg.orth import orthonormalize
+from lowrank_sp.operators import LinearOperator
 
 # Reads in a search for singular values beyond a level, which starts near them.
 _MOST_READS = 20
 
 
+def lowered(f: SVD, level: float) -> SVD:
+    """``f`` with lower singular values, without those that become zero; one remains."""
+    xp = namespace(f.s)
+    s = f.s - level
+    count = max(1, int(xp.sum(xp.astype(s > 0, xp.int32))))
+    s = xp.where(s > 0, s, xp.zeros_like(s))[:count]
+    return SVD(f.u[:, :count], s, f.vh[:count, :])
+
+
+def soft_threshold(a: LinearOperator, level: float, *, most: int, tol: float, rng: RNG) -> SVD:
+    """Singular values of an operator beyond ``level``, lowered by it; at least one, maybe zero.
+
+    There are up to ``most`` of them, found to a relative residual of ``tol``.
+    """
+
+    def wanted(theta: np.ndarray) -> int | None:
+        count = int(np.sum(theta > level))
+        # Whether there are more is known once one of those found is not beyond.
+        return None if count == len(theta) < most else max(1, min(count, most))
+
+    return lowered(leading(a, wanted, tol=tol, rng=rng), level)
+
+
+def leading(
+    a: LinearOperator,
+    wanted: Callable[[np.ndarray], int | None],
+    *,
+    tol: float,
+    rng: RNG,
+    max_columns: int | None = None,
+) -> SVD:
+    """:func:`~lowrank_sp.linalg.krylov.block_krylov` on the shorter side of an operator."""
+    tall = a.shape[0] >= a.shape[1]
+    found = block_krylov(
+        a if tall else a.mH,
+        wanted,
+        tol=tol,
+        rng=np.random.default_rng(rng),
+        max_columns=max_columns,
+    )
+    return found.svd if tall else found.svd.mH
+
+
 def lowered_svd(a: Array, level: float, vh: Array, rng: RNG) -> SVD:
-    """Singular values of ``a`` beyond ``level``, lowered by it; there may be none.
+    """Singular values of an array beyond ``level``, lowered by it; there may be none.
 
     Subspace iteration from the rows of ``vh``, which should be near, and random columns. It ends
     once the residual of every triplet is a hundredth of the level.

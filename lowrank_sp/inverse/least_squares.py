@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lowrank_sp._arrays import Array, frobenius
+from lowrank_sp._arrays import Array, device, frobenius, namespace, real_dtype
 from lowrank_sp.inverse.tangent import inner
-from lowrank_sp.iterate import Stop, iterate
 
 # A named tuple of arrays, such as a tangent or a pair of factors.
 Vector = Any
@@ -21,21 +21,14 @@ class Fit(NamedTuple):
     n_iter: int
 
 
-class _State(NamedTuple):
-    x: Vector
-    residual: Array
-    direction: Vector
-    size: float  # squared norm of the preconditioned gradient
-
-
 def least_squares(
     forward: Callable[[Vector], Array],
     backward: Callable[[Array], Vector],
     data: Array,
     start: Vector,
-    weights: Vector,
+    weights: Vector | None = None,
     *,
-    rate: float,
+    rate: float = 1.0,
     tol: float,
     max_iter: int,
 ) -> Fit:
@@ -54,15 +47,17 @@ def least_squares(
         ``y``.
     start : named tuple of arrays
         From zero and undamped, the answer is the one of least norm.
-    weights : named tuple of arrays
-        The diagonal ``D``, in shapes that broadcast to those of ``start``. The problem is
-        preconditioned by ``1 / (rate + D)``.
+    weights : named tuple of arrays, optional
+        The diagonal ``D``, in shapes that broadcast to those of ``start``; zero by default. The
+        problem is preconditioned by ``1 / (rate + D)``.
     rate : float
         What ``A^H A`` is on average.
     tol : float
         End once the preconditioned gradient is this much smaller than it is at zero.
     max_iter : int
     """
+    if weights is None:
+        weights = _each(_zero, start)
     inverse = _each(lambda w: 1.0 / (rate + w), weights)
 
     def gradient(residual: Array, x: Vector) -> Vector:
@@ -72,31 +67,35 @@ def least_squares(
         return _each(lambda a, w: a * w, g, inverse)
 
     at_zero = backward(data)
-    scale = inner(at_zero, scaled(at_zero))
+    enough = tol**2 * inner(at_zero, scaled(at_zero))
     residual = data - forward(start)
     g = gradient(residual, start)
     z = scaled(g)
-    size = inner(g, z)
-    if size <= tol**2 * scale:
-        return Fit(start, residual, 0)
-
-    def step(state: _State) -> tuple[_State, float]:
-        p = state.direction
+    found, p, size = Fit(start, residual, 0), z, inner(g, z)
+    # A loop of its own: iterate() would take an interruption for the end of this system alone.
+    while found.n_iter < max_iter and size > enough:
         image = forward(p)
         curvature = frobenius(image) ** 2 + inner(p, _each(lambda a, w: a * w, p, weights))
-        length = state.size / curvature
-        x = _each(lambda a, b: a + length * b, state.x, p)
-        residual = state.residual - length * image
+        length = size / curvature
+        x = _added(found.x, length, p)
+        residual = found.residual - length * image
         g = gradient(residual, x)
         z = scaled(g)
-        size = inner(g, z)
-        turn = size / state.size
-        p = _each(lambda a, b: a + turn * b, z, p)
-        return _State(x, residual, p, size), (size / scale) ** 0.5
+        size, before = inner(g, z), size
+        if not math.isfinite(size):
+            break
+        p = _added(z, size / before, p)
+        found = Fit(x, residual, found.n_iter + 1)
+    return found
 
-    stop = Stop(max_iter=max_iter, tol=tol)
-    found = iterate(step, _State(start, residual, z, size), stop=stop, dtype=data.dtype)
-    return Fit(found.value.x, found.value.residual, found.n_iter)
+
+def _zero(like: Array) -> Array:
+    xp = namespace(like)
+    return xp.zeros((1, 1), dtype=real_dtype(xp, like.dtype), device=device(like))
+
+
+def _added(x: Vector, step: float, p: Vector) -> Vector:
+    return _each(lambda a, b: a + step * b, x, p)
 
 
 def _each(function: Callable[..., Array], first: Vector, *others: Vector) -> Vector:

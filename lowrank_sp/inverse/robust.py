@@ -16,16 +16,16 @@ from lowrank_sp._arrays import (
     device,
     eps,
     frobenius,
-    from_host,
-    inner,
     namespace,
-    to_host,
 )
 from lowrank_sp.factors import SVD, Factored, LowRank, check_rank
 from lowrank_sp.inverse._lowered import lowered_svd
 from lowrank_sp.inverse.separation import LowRankPlusSparse as LowRankPlusSparse
 from lowrank_sp.inverse.separation import Problem, Rest, clipped, inside
 from lowrank_sp.iterate import Solution, Stop
+from lowrank_sp.updates.first_order import scaled
+from lowrank_sp.updates.rule import Pair
+from lowrank_sp.updates.tangent import Tangent
 
 Callback = Callable[[int, float, LowRankPlusSparse], Any]
 
@@ -110,12 +110,12 @@ def alternating_projections(
     def step(state: _Projected) -> tuple[_Projected, float]:
         u, s, vh = state.low_rank
         xp = namespace(u)
-        within = adjoint(u) @ state.rest.right
-        q_left, r_left = xp.linalg.qr(state.rest.right - u @ within)
-        q_right, r_right = xp.linalg.qr(state.rest.left - adjoint(within @ vh))
+        rest = Tangent.of(u, vh, state.rest.right, adjoint(state.rest.left))
+        q_left, r_left = xp.linalg.qr(rest.left)
+        q_right, r_right = xp.linalg.qr(adjoint(rest.right))
         diagonal = xp.eye(r, dtype=u.dtype, device=device(u)) * xp.astype(s, u.dtype)
         old = _bordered(diagonal, xp.zeros_like(r_left), xp.zeros_like(r_left))
-        core = old + _bordered(within, r_left, adjoint(r_right))
+        core = old + _bordered(rest.core, r_left, adjoint(r_right))
         a, sigma, bh = xp.linalg.svd(core, full_matrices=False)
         fall = max(decay ** (state.k + 1), 16 * eps(u.dtype))
         spectral = float(sigma[r]) + fall * float(sigma[0])
@@ -158,9 +158,10 @@ def scaled_gd(
     .. math:: L_{t+1} = L_t + \eta\, E_t R_t (R_t^H R_t)^{-1}, \quad
               R_{t+1} = R_t + \eta\, E_t^H L_t (L_t^H L_t)^{-1},
 
-    at a rate that does not depend on the condition number :cite:p:`tong2021accelerating`, and with
-    thresholds that fall by a factor a step :cite:p:`cai2021learned` down to the size of dense
-    noise. How many outliers it stands does depend on the condition number.
+    the metric of :class:`~lowrank_sp.updates.ScaledGD`, at a rate that does not depend on the
+    condition number :cite:p:`tong2021accelerating`, and with thresholds that fall by a factor a
+    step :cite:p:`cai2021learned` down to the size of dense noise. How many outliers it stands does
+    depend on the condition number.
 
     Parameters
     ----------
@@ -201,17 +202,13 @@ def scaled_gd(
 
     def state_at(factors: LowRank, level: float) -> _Descending:
         left, right = factors.left, adjoint(factors.right)
-        rest = problem.rest(
-            left, factors.right, level, clipped, _over_gram(right), _over_gram(left)
-        )
+        rest = problem.rest(left, factors.right, level, clipped, right, left)
         return _Descending(factors, level, rest)
 
     def step(state: _Descending) -> tuple[_Descending, float]:
-        rest = state.rest
-        factors = LowRank(
-            state.factors.left + step_size * rest.right,
-            state.factors.right + step_size * adjoint(rest.left),
-        )
+        old = Pair(*state.factors.factors())
+        move = scaled(old, Pair(state.rest.right, adjoint(state.rest.left)), 1.0)
+        factors = LowRank(old.up + step_size * move.up, old.down + step_size * move.down)
         level = max(decay * state.level, least, problem.noise(factors))
         moved = (factors - state.factors).norm()
         change = problem.relative(moved, level - state.level, factors.norm())
@@ -383,13 +380,6 @@ def _prepared(
             raise ValueError(f"init must have rank {rank}, got {start.rank}")
     share = threshold or 0.7 * problem.peak(start) / (float(start.s[0]) or 1.0) or 1.0
     return problem, start, share
-
-
-def _over_gram(x: Array) -> Array:
-    """``x (x^H x)^(-1)``, with a trace of damping where ``x`` is rank deficient."""
-    gram = to_host(inner(x, x))
-    damping = eps(x.dtype) * np.trace(gram).real + np.finfo(np.float64).tiny
-    return x @ from_host(np.linalg.inv(gram + damping * np.eye(len(gram))), x)
 
 
 def _bordered(a: Array, below: Array, beside: Array) -> Array:

@@ -28,6 +28,7 @@ from lowrank_sp._arrays import (
     to_host,
 )
 from lowrank_sp.factors import SVD, Factored, LowRank
+from lowrank_sp.inverse._problem import rejected
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.basis import NOT_FINITE
 from lowrank_sp.linalg.svd import randomized_svd
@@ -242,20 +243,19 @@ class Problem:
         parts = solution.value
         (m, n), r, density = self.shape, parts.low_rank.rank, parts.density
         norm = self.norm / self.factor
-        reason = (
-            f"{solution.reason}; {density:.1%} outliers, {parts.error / (norm or 1.0):.0e} left"
-        )
+        left = f"{density:.1%} outliers, {parts.error / (norm or 1.0):.0e} left"
+        solution = replace(solution, reason=f"{solution.reason}; {left}")
         # The largest singular value of noise as large as what is left.
         edge = parts.error * (m**-0.5 + n**-0.5)
         if not solution.converged:
-            return replace(solution, reason=reason)
+            return solution
         if r * (m + n - r) + density * m * n >= m * n:
             why = f"rank {r} and {density:.0%} outliers have more unknowns than the data"
         elif edge > 0 and float(parts.low_rank.s[0]) < 2 * edge:
             why = "no singular value is twice that of noise as large as what is left"
         else:
-            return replace(solution, reason=reason)
-        return replace(solution, converged=False, reason=f"nothing separated: {why}; {reason}")
+            return solution
+        return rejected(solution, f"nothing separated: {why}")
 
 
 def _empty(a: Array) -> Array:

@@ -26,8 +26,7 @@ class Space(NamedTuple):
         Projecting the :meth:`matrix` of a tangent at another point transports it here.
         """
         zv, zu = z.matmul(adjoint(self.vh)), adjoint(z.rmatmul(self.u))
-        core = adjoint(self.u) @ zv
-        return Tangent(core, zv - self.u @ core, zu - core @ self.vh)
+        return Tangent.of(self.u, self.vh, zv, zu)
 
     def matrix(self, x: Tangent) -> LowRank:
         """A tangent as a matrix of rank ``2 r``."""

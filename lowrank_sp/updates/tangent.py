@@ -29,6 +29,15 @@ class Tangent(NamedTuple):
     left: Array
     right: Array
 
+    @classmethod
+    def of(cls, u: Array, vh: Array, zv: Array, zu: Array) -> Tangent:
+        """Projection of a matrix ``z``, from ``zv = z vh^H`` and ``zu = u^H z``.
+
+        It is ``u zu + zv vh - u (u^H zv) vh``, for orthonormal bases ``u`` and ``vh``.
+        """
+        core = adjoint(u) @ zv
+        return cls(core, zv - u @ core, zu - core @ vh)
+
     def norm(self) -> Array:
         """Frobenius norm, of shape ``(...)``."""
         xp = namespace(self.core)
@@ -47,10 +56,7 @@ def point(factors: Pair) -> Point:
 
 def project(at: Point, g_down: Array, up_g: Array) -> Tangent:
     """Projection ``P_B G + G P_A - P_B G P_A`` from ``G q_down`` and ``q_up^H G``."""
-    core = adjoint(at.q_up) @ g_down
-    left = g_down - at.q_up @ core
-    right = up_g - (up_g @ at.q_down) @ adjoint(at.q_down)
-    return Tangent(core, left, right)
+    return Tangent.of(at.q_up, adjoint(at.q_down), g_down, up_g)
 
 
 def project_gradient(at: Point, grads: Pair, scale: Scalar) -> Tangent:

@@ -63,10 +63,14 @@ def als(
     .. math:: \min_{L, R} \sum_{(i,j) \in \Omega} |X_{ij} - (L R)_{ij}|^2
               + \rho \Big( \sum_i w_i \lVert L_i \rVert^2 + \sum_j w_j \lVert R_j \rVert^2 \Big)
 
+    What is said here of parameters, answer and errors holds for all completion solvers, but for
+    what they say themselves.
+
     Parameters
     ----------
     entries : Entries
     rank : int
+        In ``1..min(m, n)``.
     init : SVD or LowRank, optional
         Where to start; by default a spectral start.
     rng : int, Generator or None
@@ -74,6 +78,7 @@ def als(
     stop : Stop
         The change monitored is that of ``L R`` in a sweep, relative to its norm.
     callback : callable, optional
+        Called after every step, as by :func:`~lowrank_sp.iterate.iterate`.
     regularization : float
         ``rho``, in units of the root mean square of the entries.
     weighted : bool
@@ -100,7 +105,7 @@ def als(
     ------
     ValueError
         If lines have fewer than ``rank`` entries (one, with regularization), or no entries connect
-        them; they are named.
+        them; they are named. Also if ``rank`` has more degrees of freedom than there are entries.
 
     Notes
     -----

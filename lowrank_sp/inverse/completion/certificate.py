@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from lowrank_sp._arrays import (
-    adjoint,
-    device,
-    eps,
-    frobenius,
-    namespace,
-    real_dtype,
-    standard_normal,
-)
+from lowrank_sp._arrays import adjoint, eps, frobenius, standard_normal
 from lowrank_sp.factors import SVD
+from lowrank_sp.inverse._problem import rejected
 from lowrank_sp.inverse.completion.problem import Problem
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.inverse.least_squares import least_squares
@@ -45,7 +36,7 @@ def certified(problem: Problem, solution: Solution, stop: Stop, noise: float = 0
         flaw = "other matrices of this rank have the same entries"
     else:
         return solution
-    return replace(solution, converged=False, reason=f"{flaw}; {solution.reason}")
+    return rejected(solution, flaw)
 
 
 def determined(y: Entries, f: SVD) -> bool:
@@ -55,20 +46,16 @@ def determined(y: Entries, f: SVD) -> bool:
     samples; the tangents that have no samples, if there are any, are missed. The cost is that of
     one step of a second-order method.
     """
-    xp = namespace(f.u)
     space = Space(f.u, f.vh)
     shapes = [(f.rank, f.rank), tuple(f.u.shape), tuple(f.vh.shape)]
     core, left, right = (standard_normal(shape, like=f.u, rng=k) for k, shape in enumerate(shapes))
     left = left - f.u @ (adjoint(f.u) @ left)
     sought = Tangent(core, left, right - (right @ adjoint(f.vh)) @ f.vh)
-    zero = xp.zeros((1, 1), dtype=real_dtype(xp, f.u.dtype), device=device(f.u))
     found = least_squares(
         lambda x: y.sampled(*space.matrix(x).factors()),
         lambda values: space.project(y.with_values(values)),
         y.sampled(*space.matrix(sought).factors()),
         added(0.0, sought),
-        Tangent(zero, zero, zero),
-        rate=1.0,
         tol=eps(f.u.dtype) ** 0.75,
         max_iter=_MOST_STEPS,
     )

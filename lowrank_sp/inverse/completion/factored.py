@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowrank_sp._arrays import (
-    RNG,
-    Array,
-    adjoint,
-    device,
-    eps,
-    frobenius,
-    inner,
-    is_complex,
-    namespace,
-)
+from lowrank_sp._arrays import RNG, Array, adjoint, frobenius, namespace
 from lowrank_sp.factors import Factored, LowRank
 from lowrank_sp.inverse.completion.problem import Callback, Fit, Problem, fit, relative_change
 from lowrank_sp.inverse.entries import Entries
+from lowrank_sp.inverse.tangent import inner
 from lowrank_sp.iterate import Solution, Stop
+from lowrank_sp.updates.first_order import scaled
+from lowrank_sp.updates.frames import frame, solve_right
+from lowrank_sp.updates.rule import Pair
 
 
 class _Relaxed(NamedTuple):
@@ -46,27 +40,10 @@ def lmafit(
 
     Parameters
     ----------
-    entries : Entries
-    rank : int
-    init : SVD or LowRank, optional
-        Where to start; by default a spectral start.
-    rng : int, Generator or None
-        Seed of the start.
     stop : Stop
         The change monitored is that of the entries of ``L R``, relative to the data.
-    callback : callable, optional
-    allow_unidentified : bool
-        Give NaN in lines that the entries do not determine, instead of an error.
 
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
-
-    Raises
-    ------
-    ValueError
-        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+    The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`.
 
     Notes
     -----
@@ -97,7 +74,7 @@ def lmafit(
         new = fit(problem.entries, new_left, new_right)
         old_norm = residual.norm()
         ratio = new.residual.norm() / old_norm if old_norm else 0.0
-        change = relative_change(new, state.base, size)
+        change = relative_change(new.residual, residual, size)
         # The schedule of Wen, Yin and Zhang.
         if ratio >= 1.0 and state.relaxation > 0.0:
             increment = max(0.1 * state.relaxation, 0.1 * state.increment)
@@ -138,27 +115,10 @@ def scaled_asd(
 
     Parameters
     ----------
-    entries : Entries
-    rank : int
-    init : SVD or LowRank, optional
-        Where to start; by default a spectral start.
-    rng : int, Generator or None
-        Seed of the start.
     stop : Stop
-        The change monitored is that of the entries of ``L R``, relative to the data.
-    callback : callable, optional
-    allow_unidentified : bool
-        Give NaN in lines that the entries do not determine, instead of an error.
+        As in :func:`lmafit`.
 
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
-
-    Raises
-    ------
-    ValueError
-        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+    The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`.
 
     Notes
     -----
@@ -180,7 +140,7 @@ def scaled_asd(
     def step(state: Fit) -> tuple[Fit, float]:
         left, right, residual = state
         gradient = residual.matmul(adjoint(right))
-        direction = _right_solve(gradient, adjoint(right))
+        direction = solve_right(gradient, frame(adjoint(right)))
         move = residual.sampled(direction, right)
         length = _ratio(direction, gradient, move)
         left, residual = (
@@ -188,13 +148,12 @@ def scaled_asd(
             residual.with_values(residual.values - move * length),
         )
         gradient = residual.rmatmul(left)
-        direction = _right_solve(gradient, left)
+        direction = solve_right(gradient, frame(left))
         move = residual.sampled(left, adjoint(direction))
         length = _ratio(direction, gradient, move)
         right = right + adjoint(direction) * length
         residual = residual.with_values(residual.values - move * length)
-        new = Fit(left, right, residual)
-        return new, relative_change(new, state, size)
+        return Fit(left, right, residual), relative_change(residual, state.residual, size)
 
     f = problem.start(init, rng)
     return problem.solve(
@@ -223,40 +182,26 @@ def scaled_gd(
     .. math:: L_+ = L - \tfrac{\eta}{p} P_\Omega(L R - X) R^H (R R^H + \delta I)^{-1}, \qquad
               R_+ = R - \tfrac{\eta}{p} (L^H L + \delta I)^{-1} L^H P_\Omega(L R - X)
 
-    with ``p = M / (m n)``. Its rate does not depend on the condition of the matrix
-    :cite:p:`tong2021accelerating`.
+    with ``p = M / (m n)``: the metric of :class:`~lowrank_sp.updates.ScaledGD`. Its rate does not
+    depend on the condition of the matrix :cite:p:`tong2021accelerating`.
 
     Parameters
     ----------
-    entries : Entries
     rank : int
         With ``damping`` it may exceed the rank of the matrix.
-    init : SVD or LowRank, optional
-        Where to start; by default a spectral start.
-    rng : int, Generator or None
-        Seed of the start.
     stop : Stop
-        The change monitored is that of the entries of ``L R``, relative to the data.
-    callback : callable, optional
+        As in :func:`lmafit`.
     step_size : float
         ``eta``.
     damping : float
         ``delta``, in units of the largest singular value of the matrix, as the spectral start
-        estimates it. With values of 0.3 to 1, and an ``init`` of any directions but small (1e-6 of
-        that value), components grow from large to small, and those beyond the rank of the matrix
-        stay as small as they began :cite:p:`xu2023overparameterized`. So does the error.
-    allow_unidentified : bool
-        Give NaN in lines that the entries do not determine, instead of an error.
+        estimates it: the ``ridge`` of the rule, which stays as it is while the factors grow, and
+        not its ``damping``, which follows them. With values of 0.3 to 1, and an ``init`` of any
+        directions but small (1e-6 of that value), components grow from large to small, and those
+        beyond the rank of the matrix stay as small as they began
+        :cite:p:`xu2023overparameterized`. So does the error.
 
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
-
-    Raises
-    ------
-    ValueError
-        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+    The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`.
 
     Notes
     -----
@@ -276,18 +221,15 @@ def scaled_gd(
         raise ValueError(f"damping must be at least 0, got {damping}")
     problem = Problem.of(entries, rank, allow_unidentified=allow_unidentified)
     (m, n), size = problem.entries.shape, problem.entries.norm()
-    rate = problem.entries.size / (m * n)
-
+    length = step_size * m * n / problem.entries.size
     ridge = damping * float(problem.start(None, rng).s[0]) if damping else 0.0
 
     def step(state: Fit) -> tuple[Fit, float]:
         left, right, residual = state
-        to_left = _right_solve(residual.matmul(adjoint(right)), adjoint(right), ridge)
-        to_right = _right_solve(residual.rmatmul(left), left, ridge)
-        length = step_size / rate
-        left, right = left + to_left * length, right + adjoint(to_right) * length
-        new = fit(problem.entries, left, right)
-        return new, relative_change(new, state, size)
+        downhill = Pair(residual.matmul(adjoint(right)), adjoint(residual.rmatmul(left)))
+        move = scaled(Pair(left, right), downhill, 1.0, ridge=ridge)
+        new = fit(problem.entries, left + length * move.up, right + length * move.down)
+        return new, relative_change(new.residual, residual, size)
 
     f = problem.start(init, rng)
     return problem.solve(
@@ -299,25 +241,7 @@ def scaled_gd(
     )
 
 
-def _right_solve(x: Array, basis: Array, ridge: float = 0.0) -> Array:
-    """``x (G + ridge I)^-1`` with the Gram matrix ``G`` of ``basis``.
-
-    Directions below the rounding of ``G`` are damped, so that it need not have full rank.
-    """
-    xp = namespace(x)
-    gram = inner(basis, basis)
-    size = abs(complex(xp.linalg.trace(gram)))
-    shift = ridge + eps(gram.dtype) * size
-    unit = xp.eye(gram.shape[0], dtype=gram.dtype, device=device(x))
-    solved = xp.linalg.solve(gram + shift * unit, unit) if size else 0 * unit
-    return x @ xp.astype(solved, x.dtype)
-
-
 def _ratio(direction: Array, gradient: Array, move: Array) -> float:
     """The best step: ``<direction, gradient> / ||move||^2``; none where nothing moves."""
     squares = frobenius(move) ** 2
-    if squares == 0.0:
-        return 0.0
-    xp = namespace(direction)
-    conj = xp.conj(direction) if is_complex(direction.dtype) else direction
-    return complex(xp.sum(conj * gradient)).real / squares
+    return inner((direction,), (gradient,)) / squares if squares else 0.0

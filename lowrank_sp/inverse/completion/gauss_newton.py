@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowrank_sp._arrays import RNG, Array, adjoint, device, eps, namespace, real_dtype
+from lowrank_sp._arrays import RNG, Array, adjoint, eps, namespace
 from lowrank_sp.factors import SVD, Factored, LowRank
 from lowrank_sp.inverse.completion.certificate import certified
 from lowrank_sp.inverse.completion.problem import Callback, Problem
@@ -49,32 +49,20 @@ def gnmr(
 
     Parameters
     ----------
-    entries : Entries
-    rank : int
-    init : SVD or LowRank, optional
-        Where to start; by default a spectral start.
-    rng : int, Generator or None
-        Seed of the start.
     stop : Stop
         The change monitored is the residual on the entries, relative to the data, or the change of
         the answer if that is smaller.
-    callback : callable, optional
     inner_iter : int
         Most conjugate gradient steps a linear system may take. They regularize: far from the
         solution the systems are nearly singular.
-    allow_unidentified : bool
-        Give NaN in lines that the entries do not determine, instead of an error.
+
+    The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`.
 
     Returns
     -------
     Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`. ``converged`` is False where the answer
-        misses the entries, or other matrices of rank ``rank`` have them too.
-
-    Raises
-    ------
-    ValueError
-        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+        ``converged`` is False also where the answer misses the entries, or other matrices of rank
+        ``rank`` have them too.
 
     Notes
     -----
@@ -96,8 +84,6 @@ def gnmr(
     """
     problem = Problem.of(entries, rank, allow_unidentified=allow_unidentified)
     y, rank = problem.entries, problem.rank
-    xp = namespace(y.values)
-    zero = xp.zeros((1, 1), dtype=real_dtype(xp, y.dtype), device=device(y.values))
 
     def step(state: _State) -> tuple[_State, float]:
         left, right = state.factors
@@ -114,8 +100,6 @@ def gnmr(
             backward,
             y.values + y.sampled(left, right),
             _Pair(0 * left, 0 * right),
-            _Pair(zero, zero),
-            rate=1.0,
             tol=max(_INNER_TOL * min(1.0, state.residual) ** 2, 100 * eps(y.dtype)),
             max_iter=inner_iter,
         ).x

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
-
-import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, adjoint, device, eps, frobenius, inner, namespace
 from lowrank_sp.factors import SVD, Factored, check_rank
 from lowrank_sp.gauge import balance
+from lowrank_sp.inverse._lowered import leading, lowered, soft_threshold
+from lowrank_sp.inverse._problem import fits
 from lowrank_sp.inverse.completion.problem import (
     Callback,
     Fit,
@@ -22,7 +22,6 @@ from lowrank_sp.inverse.completion.problem import (
 )
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.iterate import Solution, Stop
-from lowrank_sp.linalg.krylov import block_krylov
 
 # Further columns with which a path tries the next threshold.
 _MARGIN = 5
@@ -46,31 +45,21 @@ def soft_impute(
 
     Parameters
     ----------
-    entries : Entries
     rank : int
         The most singular values that the answer may have. The problem is convex where this does not
         bind, that is, where the last one is zero.
-    init : SVD or LowRank, optional
-        Where to start; by default a spectral start.
-    rng : int, Generator or None
-        Seed of the start.
     stop : Stop
         The change monitored is that of the entries of ``Z``, relative to the data.
-    callback : callable, optional
     regularization : float
         ``rho``, in (0, 1]. From 1 on the answer is zero.
-    allow_unidentified : bool
-        Give NaN in lines without entries, instead of an error.
+
+    The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`. One
+    entry in every line is enough.
 
     Returns
     -------
     Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`, of exactly the rank of the answer.
-
-    Raises
-    ------
-    ValueError
-        If lines have no entries; they are named.
+        ``value`` has exactly the rank of the answer.
 
     Notes
     -----
@@ -113,14 +102,15 @@ def soft_impute_path(
 
     Parameters
     ----------
-    entries : Entries
     rank : int
         The most singular values that an answer may have. Each threshold begins with a few more
         columns than the last answer had.
     regularizations : sequence of float, optional
         Falling values in (0, 1]; by default 15 in geometric progression from 0.8 to 0.008.
-    rng, stop, callback, allow_unidentified
-        As in :func:`soft_impute`; ``stop`` and ``callback`` hold for every threshold.
+    stop, callback
+        As in :func:`soft_impute`, for every threshold.
+
+    The other parameters are those of :func:`soft_impute`.
 
     Returns
     -------
@@ -172,32 +162,23 @@ def svt(
 
     Parameters
     ----------
-    entries : Entries
     rank : int
         The most singular values that an iterate may have.
-    rng : int, Generator or None
     stop : Stop
         What is monitored is the residual on the entries, relative to the data.
-    callback : callable, optional
     threshold : float
         ``tau``, in units of ``sqrt(m n)`` times the root mean square of the entries. Larger ones
         come closer to the least nuclear norm, in more steps.
     step_size : float
         ``delta``, in units of ``m n / M``. Steps below 2 in units of one converge for certain, but
         slowly.
-    allow_unidentified : bool
-        Give NaN in lines without entries, instead of an error.
+
+    The other parameters are those of :func:`soft_impute`.
 
     Returns
     -------
     Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`. With noise it follows the noise: prefer
-        :func:`soft_impute` then.
-
-    Raises
-    ------
-    ValueError
-        If lines have no entries; they are named.
+        With noise it follows the noise: prefer :func:`soft_impute` then.
 
     Notes
     -----
@@ -225,11 +206,11 @@ def svt(
 
     def step(state: tuple[Entries, SVD | None]) -> tuple[tuple[Entries, SVD | None], float]:
         dual = state[0]
-        f = _thresholded(_leading(dual, _above(tau, problem.rank), accuracy, rng), tau)
+        f = soft_threshold(dual, tau, most=problem.rank, tol=accuracy, rng=rng)
         residual = data.values - data.sampled(*f.factors())
         following = dual.with_values(dual.values + length * residual)
-        change = frobenius(residual) / size
-        return (following, f), change if change < 2.0 else math.inf
+        left = frobenius(residual)
+        return (following, f), left / size if fits(left, size) else math.inf
 
     return problem.solve(
         step,
@@ -260,7 +241,7 @@ def _soft_impute(
         middle = fit(data, left, right).residual
         left = _ridge_step(left, adjoint(right), middle.matmul(adjoint(right)), penalty)
         new = fit(data, *balance(left, right))
-        return new, relative_change(new, state, size)
+        return new, relative_change(new.residual, residual, size)
 
     def value(state: Fit) -> SVD:
         # One exact step: the filled-in matrix on the row space found, thresholded.
@@ -269,7 +250,7 @@ def _soft_impute(
         basis = xp.linalg.qr(adjoint(right))[0]
         image = residual.matmul(basis) + left @ (right @ basis)
         u, s, vh = xp.linalg.svd(image, full_matrices=False)
-        return _thresholded(SVD.canonical(u, s, vh @ adjoint(basis)), penalty)
+        return lowered(SVD.canonical(u, s, vh @ adjoint(basis)), penalty)
 
     f = problem.start(init, rng)
     root, rest = spread(f)
@@ -285,33 +266,5 @@ def _ridge_step(x: Array, basis: Array, image: Array, penalty: float) -> Array:
     return (image + x @ gram) @ xp.linalg.inv(gram + penalty * unit)
 
 
-def _thresholded(f: SVD, threshold: float) -> SVD:
-    """Soft-thresholded singular values, without those that become zero; one remains."""
-    xp = namespace(f.s)
-    s = f.s - threshold
-    count = max(1, int(xp.sum(xp.astype(s > 0, xp.int32))))
-    s = xp.where(s > 0, s, xp.zeros_like(s))[:count]
-    return SVD(f.u[:, :count], s, f.vh[:count, :])
-
-
 def _spectral_norm(entries: Entries, rng: RNG) -> float:
-    return float(_leading(entries, lambda _: 1, 1e-3, rng).s[0])
-
-
-def _above(threshold: float, most: int) -> Callable[[np.ndarray], int | None]:
-    """How many singular values pass a threshold, once one of those found does not."""
-
-    def wanted(theta: np.ndarray) -> int | None:
-        count = int(np.sum(theta > threshold))
-        return None if count == len(theta) < most else max(1, min(count, most))
-
-    return wanted
-
-
-def _leading(
-    entries: Entries, wanted: Callable[[np.ndarray], int | None], tol: float, rng: RNG
-) -> SVD:
-    tall = entries.shape[0] >= entries.shape[1]
-    generator = np.random.default_rng(rng)
-    f = block_krylov(entries if tall else entries.mH, wanted, tol=tol, rng=generator).svd
-    return f if tall else f.mH
+    return float(leading(entries, lambda _: 1, tol=1e-3, rng=rng).s[0])

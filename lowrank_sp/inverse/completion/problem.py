@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,15 +20,13 @@ from lowrank_sp._arrays import (
     standard_normal,
 )
 from lowrank_sp.factors import SVD, Factored, LowRank, check_rank
+from lowrank_sp.inverse._problem import fits, power_of_two, with_residual
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.inverse.pattern import Identifiability, Pattern
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.svd import randomized_svd
 
 Callback = Callable[[int, float, SVD], Any] | None
-
-# A residual this many times the data is that of a method that diverges.
-_DIVERGED = 2.0
 
 
 class Fit(NamedTuple):
@@ -44,14 +42,12 @@ def fit(entries: Entries, left: Array, right: Array) -> Fit:
     return Fit(left, right, entries.with_values(entries.values - entries.sampled(left, right)))
 
 
-def relative_change(new: Fit, old: Fit, size: float) -> float:
-    """Change of the model on the entries, relative to data of norm ``size``.
+def relative_change(new: Entries, old: Entries, size: float) -> float:
+    """Change of the residual, which is that of the model, relative to data of norm ``size``.
 
-    Infinite where the residual says that the method diverges.
+    Infinite where the new residual says that the method diverges.
     """
-    if not new.residual.norm() <= _DIVERGED * size:
-        return math.inf
-    return frobenius(new.residual.values - old.residual.values) / size
+    return frobenius(new.values - old.values) / size if fits(new.norm(), size) else math.inf
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,7 @@ class Problem:
                 f"rank {rank} has {needed} degrees of freedom on the lines with enough entries, "
                 f"got {entries.size} entries; lower the rank"
             )
-        exponent = math.frexp(max_abs(entries.values))[1]
-        scale = 2.0 ** min(max(exponent, -1000), 1000)
+        scale = power_of_two(max_abs(entries.values))
         return cls(
             entries.with_values(entries.values / scale),
             rank,
@@ -182,10 +177,7 @@ class Problem:
             callback=callback,
             value=lambda state: self.restore(value(state)),
         )
-        residual = self.relative_residual(solution.value)
-        return replace(
-            solution, reason=f"{solution.reason}; residual {residual:.1e} on the entries"
-        )
+        return with_residual(solution, self.relative_residual(solution.value), "on the entries")
 
     def relative_residual(self, x: Factored) -> float:
         """``||X - x||_F / ||X||_F`` over the entries, of a matrix in the shape of the data."""

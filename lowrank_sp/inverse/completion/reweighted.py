@@ -16,13 +16,13 @@ from lowrank_sp._arrays import (
     to_host,
 )
 from lowrank_sp.factors import SVD, Factored
+from lowrank_sp.inverse._lowered import leading
 from lowrank_sp.inverse.completion.certificate import certified
 from lowrank_sp.inverse.completion.problem import Callback, Problem
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.inverse.least_squares import least_squares
 from lowrank_sp.inverse.tangent import Space
 from lowrank_sp.iterate import Solution, Stop
-from lowrank_sp.linalg.krylov import block_krylov
 from lowrank_sp.operators import LinearOperator
 from lowrank_sp.updates.tangent import Tangent
 
@@ -68,8 +68,6 @@ def matrix_irls(
 
     Parameters
     ----------
-    entries : Entries
-    rank : int
     init : SVD or LowRank, optional
         Where to start; by default the entries, with zeros elsewhere.
     rng : int, Generator or None
@@ -77,7 +75,6 @@ def matrix_irls(
     stop : Stop
         The change monitored is that of the leading ``rank`` triplets, relative to their norm, or
         that of the smoothing, while it is within reach of the spectrum.
-    callback : callable, optional
     noise : float
         Standard deviation of the noise, in units of the root mean square of the entries. The
         constraint becomes a penalty ``||P_Omega(X) - y||^2 / (2 lambda)`` with
@@ -87,20 +84,14 @@ def matrix_irls(
         several times faster where entries are plenty, and recovers less where they are few.
     inner_iter : int
         Most conjugate gradient steps a linear system may take.
-    allow_unidentified : bool
-        Give NaN in lines that the entries do not determine, instead of an error.
+
+    The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`.
 
     Returns
     -------
     Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`. ``converged`` is False where the answer
-        misses the entries by more than twice the noise, or other matrices of rank ``rank`` have
-        them too.
-
-    Raises
-    ------
-    ValueError
-        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+        ``converged`` is as for :func:`~lowrank_sp.inverse.completion.gauss_newton.gnmr`, but the
+        answer may miss the entries by twice the noise.
 
     Notes
     -----
@@ -134,10 +125,10 @@ def matrix_irls(
     def step(state: _State) -> tuple[_State, float]:
         x = _reweighted(y, state, penalty, inner_iter)
         new = _state(x, rank, partial(smooth, state.smoothing), generator)
-        leading, old = new.f.truncate(rank), state.f.truncate(rank)
-        change = float((leading - old).norm()) / float(old.norm())
+        f, old = new.f.truncate(rank), state.f.truncate(rank)
+        change = float((f - old).norm()) / float(old.norm())
         # What is small beside the smoothing stands still until it falls.
-        falling = new.smoothing > _FAR * float(leading.s[-1])
+        falling = new.smoothing > _FAR * float(f.s[-1])
         return new, max(change, 1.0 - new.smoothing / state.smoothing if falling else 0.0)
 
     x = y if init is None else _interpolant(y, problem.start(init))
@@ -170,11 +161,7 @@ def _state(
             return least
         return min(max(rank, int(np.sum(s > smooth(s)))) + 1, *x.shape)
 
-    flipped = x.shape[1] > x.shape[0]
-    found = block_krylov(
-        x.mH if flipped else x, wanted, tol=_SVD_TOL, rng=rng, max_columns=max(96, 8 * rank)
-    ).svd
-    f = found.mH if flipped else found
+    f = leading(x, wanted, tol=_SVD_TOL, rng=rng, max_columns=max(96, 8 * rank))
     return _State(x, f, smooth(to_host(f.s).astype(np.float64)))
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from lowrank_sp._arrays import RNG, adjoint, frobenius
 from lowrank_sp.factors import SVD, Factored, LowRank
-from lowrank_sp.inverse.completion.problem import Callback, Problem
+from lowrank_sp.inverse.completion.problem import Callback, Problem, relative_change
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.inverse.tangent import Space, added, inner
 from lowrank_sp.iterate import Solution, Stop
@@ -18,8 +17,6 @@ from lowrank_sp.updates.tangent import Tangent
 _COSINE = 0.1
 # Most halvings of a step.
 _HALVINGS = 20
-# A residual this many times the data is a method that diverges.
-_DIVERGED = 2.0
 
 
 class _State(NamedTuple):
@@ -47,27 +44,10 @@ def riemannian_cg(
 
     Parameters
     ----------
-    entries : Entries
-    rank : int
-    init : SVD or LowRank, optional
-        Where to start; by default a spectral start.
-    rng : int, Generator or None
-        Seed of the start.
     stop : Stop
         The change monitored is that of the entries of the iterate, relative to the data.
-    callback : callable, optional
-    allow_unidentified : bool
-        Give NaN in lines that the entries do not determine, instead of an error.
 
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
-
-    Raises
-    ------
-    ValueError
-        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+    The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`.
 
     Notes
     -----
@@ -137,27 +117,10 @@ def niht(
 
     Parameters
     ----------
-    entries : Entries
-    rank : int
-    init : SVD or LowRank, optional
-        Where to start; by default a spectral start.
-    rng : int, Generator or None
-        Seed of the start.
     stop : Stop
-        The change monitored is that of the entries of the iterate, relative to the data.
-    callback : callable, optional
-    allow_unidentified : bool
-        Give NaN in lines that the entries do not determine, instead of an error.
+        As in :func:`riemannian_cg`.
 
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
-
-    Raises
-    ------
-    ValueError
-        If lines have fewer than ``rank`` entries, or no entries connect them; they are named.
+    The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`.
 
     Notes
     -----
@@ -183,9 +146,7 @@ def niht(
         length = frobenius(projected) ** 2 / squares if squares else 0.0
         f = truncated_svd(f + residual * length, problem.rank, rng=0)
         new = _residual(y, f)
-        diverged = not new.norm() <= _DIVERGED * size
-        change = frobenius(new.values - residual.values) / size
-        return (f, new), math.inf if diverged else change
+        return (f, new), relative_change(new, residual, size)
 
     f = problem.start(init, rng)
     return problem.solve(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lowrank_sp._arrays import RNG, Array, adjoint, eps, namespace
 from lowrank_sp.factors import SVD, Factored, LowRank
+from lowrank_sp.inverse.least_squares import least_squares
 from lowrank_sp.inverse.measurements import Measurement
 from lowrank_sp.inverse.sensing.problem import (
     Callback,
     Problem,
-    least_squares,
     relative_change,
     transposed,
 )
 from lowrank_sp.iterate import Solution, Stop
+
+
+class _Factor(NamedTuple):
+    factor: Array
 
 
 class _State(NamedTuple):
@@ -44,29 +49,11 @@ def alternating_minimization(
 
     Parameters
     ----------
-    measurement : Measurement
-    data : array, shape (M,)
-    rank : int
-    init : SVD or LowRank, optional
-        Where to start; by default at the leading part of ``A^*(y)``.
-    rng : int, Generator or None
-        Seed of the start.
-    stop : Stop
-        The change monitored is that of ``L R``, relative to it.
-    callback : callable, optional
     inner_iter : int
         Most steps of conjugate gradients for each factor. With an orthonormal basis of the other
         one a few suffice; they start from what is there.
 
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer measurements than degrees of freedom, or data are not finite.
+    The other parameters are those of :func:`~lowrank_sp.inverse.sensing.factored.factored_gd`.
 
     Notes
     -----
@@ -117,16 +104,11 @@ def alt_gd_min(
 
     Parameters
     ----------
-    measurement, data, rank, init, rng, stop, callback, inner_iter
-        As for :func:`alternating_minimization`.
     lr : float
         ``eta``, with the largest singular value ``sigma_1`` of the start. At one, few measurements
         make it oscillate.
 
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
+    The other parameters are those of :func:`alternating_minimization`.
 
     Notes
     -----
@@ -157,27 +139,42 @@ def alt_gd_min(
 def _right(problem: Problem, left: Array, start: Array, max_iter: int) -> Array:
     """The right factor that fits best, for orthonormal columns ``left``."""
     a = problem.measurement
-    return least_squares(
+    return _best(
         lambda x: a.forward(LowRank(left, x)),
         lambda y: transposed(a.adjoint(y), left),
         problem.data,
         start,
-        max_iter=max_iter,
-        tol=eps(start.dtype) ** 0.75,
+        max_iter,
     )
 
 
 def _left(problem: Problem, right: Array, start: Array, max_iter: int) -> Array:
     """The left factor that fits best, for orthonormal rows ``right``."""
     a = problem.measurement
-    return least_squares(
+    return _best(
         lambda x: a.forward(LowRank(x, right)),
         lambda y: a.adjoint(y).matmul(adjoint(right)),
         problem.data,
         start,
-        max_iter=max_iter,
-        tol=eps(start.dtype) ** 0.75,
+        max_iter,
     )
+
+
+def _best(
+    forward: Callable[[Array], Array],
+    backward: Callable[[Array], Array],
+    data: Array,
+    start: Array,
+    max_iter: int,
+) -> Array:
+    return least_squares(
+        lambda x: forward(x.factor),
+        lambda y: _Factor(backward(y)),
+        data,
+        _Factor(start),
+        tol=eps(start.dtype) ** 0.75,
+        max_iter=max_iter,
+    ).x.factor
 
 
 def _moved(problem: Problem, old: _State, left: Array, right: Array) -> tuple[_State, float]:

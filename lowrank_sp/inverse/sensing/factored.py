@@ -32,6 +32,9 @@ def factored_gd(
 
     .. math:: \min_{L, R}\; \tfrac12 \lVert \mathcal{A}(L R) - y \rVert^2
 
+    What is said here of parameters, answer and errors holds for all sensing solvers, but for what
+    they say themselves.
+
     :class:`~lowrank_sp.updates.GradientDescent` from a spectral start
     :cite:p:`tu2016procrustes`. The number of steps grows with the condition number of the matrix.
 
@@ -40,13 +43,15 @@ def factored_gd(
     measurement : Measurement
     data : array, shape (M,)
     rank : int
+        In ``1..min(m, n)``.
     init : SVD or LowRank, optional
         Where to start; by default at the leading part of ``A^*(y)``, scaled to fit.
     rng : int, Generator or None
         Seed of the start.
     stop : Stop
-        The change monitored is that of ``L R``, relative to it.
+        The change monitored is that of the matrix, relative to it.
     callback : callable, optional
+        Called after every step, as by :func:`~lowrank_sp.iterate.iterate`.
     lr : float
         Step in units of ``1 / sigma_1``, with the largest singular value of the start.
 
@@ -103,17 +108,12 @@ def scaled_gd(
 
     Parameters
     ----------
-    measurement, data, rank, init, rng, stop, callback
-        As for :func:`factored_gd`.
     lr : float
         ``eta``; 0.5 is the published choice.
     damping : float
         As for the rule. Needed where ``rank`` exceeds that of the matrix.
 
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
+    The other parameters are those of :func:`factored_gd`.
 
     Notes
     -----

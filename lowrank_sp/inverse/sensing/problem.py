@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,18 @@ from lowrank_sp._arrays import (
     as_compute,
     device,
     frobenius,
-    is_complex,
     max_abs,
     namespace,
 )
 from lowrank_sp.factors import SVD, Factored, LowRank, check_rank
+from lowrank_sp.inverse._problem import fits, power_of_two, with_residual
 from lowrank_sp.inverse.measurements import Measurement
+from lowrank_sp.inverse.tangent import inner
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.svd import randomized_svd
 from lowrank_sp.operators import LinearOperator
 
 Callback = Callable[[int, float, Factored], Any] | None
-
-# A residual this many times the data is that of a method that diverges.
-_DIVERGED = 2.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Problem:
                     f"rank {rank} has {freedom} degrees of freedom, got {measurement.size} "
                     "measurements; lower the rank"
                 )
-        scale = 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000)
+        scale = power_of_two(largest)
         return cls(measurement, data / scale, scale)
 
     @property
@@ -96,7 +94,7 @@ class Problem:
 
     def fits(self, residual: Array) -> bool:
         """Whether a residual is not that of a method that diverges."""
-        return frobenius(residual) <= _DIVERGED * self.size
+        return fits(frobenius(residual), self.size)
 
     def start(self, rank: int, init: Factored | None, rng: RNG) -> SVD:
         """``init`` in the scale of the problem; by default a spectral start.
@@ -114,7 +112,7 @@ class Problem:
         f = leading(self.measurement.adjoint(self.data), rank, rng)
         image = self.measurement.forward(f)
         squares = frobenius(image) ** 2
-        best = real_inner(image, self.data) / squares if squares else 0.0
+        best = inner((image,), (self.data,)) / squares if squares else 0.0
         return SVD(f.u, f.s * abs(best), f.vh)
 
     def gain(self, x: Factored) -> float:
@@ -158,7 +156,7 @@ class Problem:
         """The solution, with its residual in the reason."""
         f = solution.value
         residual = frobenius(self.residual(SVD(f.u, f.s / self.scale, f.vh))) / self.size
-        return replace(solution, reason=f"{solution.reason}; residual {residual:.1e} of the data")
+        return with_residual(solution, residual, "of the data")
 
     def restore(self, x: Factored) -> SVD:
         """The SVD of an answer, in the scale of the data."""
@@ -179,60 +177,16 @@ def leading(a: LinearOperator, rank: int, rng: RNG = None) -> SVD:
     return randomized_svd(a, rank, reads=3, oversampling=8, rng=rng)
 
 
-def real_inner(x: Array, y: Array) -> float:
-    """Real part of ``sum(conj(x) y)``."""
-    xp = namespace(x, y)
-    if is_complex(x.dtype):
-        return float(xp.real(xp.sum(xp.conj(x) * y)))
-    return float(xp.sum(x * y))
-
-
 def relative_change(new: Factored, old: Factored) -> float:
     """``||new - old||_F / ||new||_F``."""
     size = float(new.norm())
-    change = float((_plain(new) - _plain(old)).norm())
+    change = float((plain(new) - plain(old)).norm())
     return change / size if size else change
 
 
-def _plain(x: Factored) -> LowRank:
+def plain(x: Factored) -> LowRank:
+    """Two factors of ``x``, to add others to."""
     return LowRank(*x.factors())
-
-
-def least_squares(
-    forward: Callable[[Array], Array],
-    backward: Callable[[Array], Array],
-    data: Array,
-    start: Array,
-    *,
-    max_iter: int,
-    tol: float,
-) -> Array:
-    """``argmin_x ||data - forward(x)||`` by conjugate gradients on the normal equations.
-
-    Parameters
-    ----------
-    forward, backward : callable
-        A linear map and its adjoint.
-    data : array, shape (M,)
-    start : array
-    max_iter : int
-    tol : float
-        Ends where the gradient is this small, relative to that at zero.
-    """
-    x, rest = start, data - forward(start)
-    gradient = backward(rest)
-    direction = gradient
-    squares, enough = frobenius(gradient) ** 2, (tol * frobenius(backward(data))) ** 2
-    for _ in range(max_iter):
-        if squares <= enough:
-            break
-        image = forward(direction)
-        length = squares / frobenius(image) ** 2
-        x, rest = x + length * direction, rest - length * image
-        gradient = backward(rest)
-        squares, before = frobenius(gradient) ** 2, squares
-        direction = gradient + (squares / before) * direction
-    return x
 
 
 def transposed(a: LinearOperator, x: Array) -> Array:

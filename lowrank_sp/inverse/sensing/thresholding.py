@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowrank_sp._arrays import RNG, Array, eps, frobenius, namespace
+from lowrank_sp._arrays import RNG, Array, eps, frobenius
 from lowrank_sp.factors import SVD, Factored, LowRank
+from lowrank_sp.inverse._lowered import lowered
 from lowrank_sp.inverse.measurements import Measurement
 from lowrank_sp.inverse.sensing.problem import (
     Callback,
     Problem,
+    plain,
     relative_change,
     transposed,
 )
@@ -54,28 +56,7 @@ def niht(
     with the best approximation ``H_r`` of rank ``r`` and the projection ``P_U`` on the columns of
     ``X`` :cite:p:`tanner2013normalized`. No step length has to be chosen.
 
-    Parameters
-    ----------
-    measurement : Measurement
-    data : array, shape (M,)
-    rank : int
-    init : SVD or LowRank, optional
-        Where to start; by default at the leading part of ``A^*(y)``, scaled to fit.
-    rng : int, Generator or None
-        Seed of the start.
-    stop : Stop
-        The change monitored is that of ``X``, relative to it.
-    callback : callable, optional
-
-    Returns
-    -------
-    Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer measurements than degrees of freedom, or data are not finite.
+    Parameters are those of :func:`~lowrank_sp.inverse.sensing.factored.factored_gd`.
 
     Notes
     -----
@@ -129,20 +110,19 @@ def nuclear_norm(
 
     Parameters
     ----------
-    measurement : Measurement
-    data : array, shape (M,)
     regularization : float
         ``lambda``, in units of ``||A^*(y)||_2``, from which on the solution is zero; in (0, 1].
     init : SVD or LowRank, optional
         Where to start; by default at zero.
     stop : Stop
         The change monitored is that of ``X``, relative to it, once the penalty is ``lambda``.
-    callback : callable, optional
+
+    The other parameters are those of :func:`~lowrank_sp.inverse.sensing.factored.factored_gd`.
 
     Returns
     -------
     Solution
-        ``value`` is an :class:`~lowrank_sp.factors.SVD`, of the rank that was found.
+        ``value`` has the rank that was found.
 
     Raises
     ------
@@ -176,7 +156,7 @@ def nuclear_norm(
     def step(state: _Soft) -> tuple[_Soft, float]:
         momentum = (1 + (1 + 4 * state.momentum**2) ** 0.5) / 2
         beyond = (state.momentum - 1) / momentum
-        at = _plain(state.value) * (1 + beyond) - _plain(state.before) * beyond
+        at = plain(state.value) * (1 + beyond) - plain(state.before) * beyond
         downhill = a.adjoint(problem.residual(at))
         lipschitz = state.lipschitz
         while True:
@@ -208,24 +188,15 @@ def _leading(a: LinearOperator, rank: int) -> SVD:
 
 
 def _soft(a: LinearOperator, threshold: float, ahead: int) -> SVD:
-    """Singular values above a threshold, less the threshold; at least one, which may be zero."""
+    """Singular values lowered by a threshold, of which ``ahead`` are sought at first."""
     most = min(a.shape)
     count = min(ahead, most)
     f = _leading(a, count)
     while float(f.s[-1]) > threshold and count < most:
         count = min(2 * count, most)
         f = _leading(a, count)
-    xp = namespace(f.s)
-    s = f.s - threshold
-    kept = max(1, int(xp.sum(xp.astype(s > 0, xp.int32))))
-    s = xp.where(s > 0, s, xp.zeros_like(s))[:kept]
-    return SVD(f.u[:, :kept], s, f.vh[:kept, :])
+    return lowered(f, threshold)
 
 
 def _inner(x: Factored, y: Factored) -> float:
-    xp = namespace(x.like)
-    return float(xp.real(x.inner(y))) if "complex" in str(x.dtype) else float(x.inner(y))
-
-
-def _plain(x: Factored) -> LowRank:
-    return LowRank(*x.factors())
+    return complex(x.inner(y)).real
