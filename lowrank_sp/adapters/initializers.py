@@ -31,6 +31,7 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.factors import SVD, LowRank, check_rank
 from lowrank_sp.linalg.svd import minor_svd, truncated_svd
+from lowrank_sp.operators import as_operator
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ def pissa(
     (array([2., 0., 0.]), array([0., 2., 1.]))
     """
     _, _, scale, dtype = _checked(weight, rank, alpha, dtype)
-    return _from_svd(weight, truncated_svd(weight, rank, tol=tol, rng=rng), scale, dtype)
+    # One session for all products, since BLAS threads spin on after a product of their own.
+    with as_operator(weight).session():
+        return _from_svd(weight, truncated_svd(weight, rank, tol=tol, rng=rng), scale, dtype)
 
 
 def milora(

@@ -25,14 +25,26 @@ def peak_bytes(body: str) -> int:
     return int(done.stderr.split()[-1])
 
 
-@pytest.mark.parametrize("method", ["pissa", "milora", "olora", "lora"])
-def test_peak_memory_of_init(method, tmp_path, benchmark):
+@pytest.mark.parametrize("fast", [False, True], ids=["plain install", "with numba"])
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [
+        ("pissa", (4096, 11008)),
+        ("olora", (4096, 11008)),
+        ("lora", (4096, 11008)),
+        ("pissa", (2048, 2048)),
+        ("milora", (2048, 2048)),
+    ],
+    ids=str,
+)
+def test_peak_memory_of_init(method, shape, fast, tmp_path, benchmark):
     rng = np.random.default_rng(0)
-    shape = (2048, 2048) if method == "milora" else (4096, 11008)
     weights = {f"layer.{i}.weight": transformer_like(*shape, rng) for i in range(2)}
     (tmp_path / "model").mkdir()
     save_file(weights, tmp_path / "model" / "model.safetensors")
+    hidden = "sys.modules['numba'] = None"  # as where it is not installed
     body = (
+        f"{'' if fast else hidden}\n"
         "from lowrank_sp.checkpoint import initialize\n"
         f"initialize({str(tmp_path / 'model')!r}, {method!r}, {str(tmp_path / 'out')!r},"
         " rank=16, overwrite=True)"

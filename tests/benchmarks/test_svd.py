@@ -22,7 +22,7 @@ def svds_with(solver):
 
 
 METHODS = {
-    "lowrank_sp truncated_svd (tol=1e-2)": lambda a: lr.truncated_svd(a, RANK, tol=1e-2, rng=0).u,
+    "lowrank_sp truncated_svd (tol=2e-2)": lambda a: lr.truncated_svd(a, RANK, tol=2e-2, rng=0).u,
     "lowrank_sp truncated_svd (default)": lambda a: lr.truncated_svd(a, RANK, rng=0).u,
     "torch svd_lowrank (q=16, niter=16)": lambda a: torch.svd_lowrank(
         torch.from_numpy(a), q=RANK, niter=16
