@@ -68,7 +68,7 @@ def unseen_error(problem, left, right):
 #: Sweeps that take each method below the error.
 METHODS = {
     "lowrank_sp als": (ours, 11),
-    "lowrank_sp scaled_asd": (scaled_asd, 46),
+    "lowrank_sp scaled_asd": (scaled_asd, 48),
     "cmfrec, Cholesky": (lambda p, steps: cmfrec(p, steps, False), 16),
     "cmfrec, conjugate gradients": (lambda p, steps: cmfrec(p, steps, True), 16),
 }

@@ -25,7 +25,7 @@ METHODS = {
     "lowrank_sp truncated_svd (tol=2e-2)": lambda a: lr.truncated_svd(a, RANK, tol=2e-2, rng=0).u,
     "lowrank_sp truncated_svd (default)": lambda a: lr.truncated_svd(a, RANK, rng=0).u,
     "torch svd_lowrank (q=16, niter=16)": lambda a: torch.svd_lowrank(
-        torch.from_numpy(a), q=RANK, niter=16
+        torch.from_numpy(a if a.flags.writeable else a.copy()), q=RANK, niter=16
     )[0].numpy(),
     "scipy svds arpack (tol=1e-2)": svds_with("arpack"),
     "scipy svds propack (tol=1e-2)": svds_with("propack"),
