@@ -28,8 +28,10 @@ stop = lr.Stop(max_iter=300, tol=1e-8)
 
 def matrix_irls(p, callback=None):
     """Iteratively reweighted least squares, whose steps are few and large."""
-    few = lr.Stop(max_iter=50, tol=1e-8)
-    return completion.matrix_irls(p.entries, rank=p.rank, rng=0, stop=few, callback=callback)
+    few = lr.Stop(max_iter=100, tol=1e-8)
+    return completion.matrix_irls(
+        p.entries, rank=p.rank, rng=0, stop=few, decay=0.6, callback=callback
+    )
 
 
 def als(p, callback=None):
@@ -46,7 +48,7 @@ solvers = {"matrix_irls": matrix_irls, "als": als, "scaled_asd": scaled_asd}
 records = study.phase_transition(
     make_problem,
     solvers,
-    {"rank": [1, 2, 3, 4], "oversampling": [1.4, 1.8, 2.2, 2.6, 3.0]},
+    {"rank": [1, 2, 3, 4], "oversampling": [1.4, 1.8, 2.4, 3.0]},
     trials=3,
 )
 
