@@ -217,8 +217,8 @@ def test_routes(shape, rank, expected, monkeypatch):
         )
 
     spy(svd.krylov, "block_krylov", "krylov")
-    spy(svd, "_gram_svd", "gram")
-    spy(svd, "_lapack", "lapack")
+    spy(svd, "gram_svd", "gram")
+    spy(svd, "lapack_svd", "lapack")
     a = gaussian(*shape) / np.arange(1, shape[1] + 1)
     check(a, lr.truncated_svd(a, rank, rng=0), rank or min(shape))
     assert ran == expected
@@ -397,6 +397,14 @@ def test_tolerance_is_respected_next_to_rounding(name, dtype, tol):
     eps = np.finfo(dtype).eps
     assert error <= tol * size * (1 + 10 * np.sqrt(eps))
     assert abs(error - f.error) <= 0.05 * error + 10 * eps * size
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_small_errors_at_extreme_scales(scale):
+    a = with_spectrum(1.0 / np.arange(1.0, 3.0), 163, 163) * scale
+    f = lr.truncated_svd(a, tol=0.01, rng=0)
+    assert f.rank == 2
+    assert f.error <= 100 * EPS64 * scale
 
 
 def test_error_has_digits_below_the_root_of_rounding():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,25 +10,20 @@ import numpy as np
 from lowrank_sp._arrays import (
     RNG,
     Array,
-    adjoint,
     as_compute,
     device,
     eps,
-    frobenius,
     host_view,
     inner,
     is_array,
     is_inexact,
-    max_abs,
     namespace,
     real_dtype,
-    slices,
-    to_host,
 )
 from lowrank_sp.factors import SVD, check_rank
 from lowrank_sp.linalg import krylov
-from lowrank_sp.linalg.basis import NOT_FINITE, check_oversampling
-from lowrank_sp.linalg.orth import orthonormalize
+from lowrank_sp.linalg.basis import check_oversampling
+from lowrank_sp.linalg.dense import Wanted, finite, fits, gram_svd, lapack_svd, with_error
 from lowrank_sp.operators import LinearOperator, as_operator
 
 # Below this shorter side LAPACK answers before a sketch pays.
@@ -39,9 +32,6 @@ _SMALL = 96
 _EIGH = 1e-10  # s^3
 _GRAM = 2e-11  # s^2 l
 _KRYLOV = 7e-11  # l s per column
-
-# From the singular values found so far to how many are wanted, or None while that is open.
-Wanted = Callable[[np.ndarray], int | None]
 
 
 def truncated_svd(
@@ -185,10 +175,10 @@ def minor_svd(a: Any, rank: int) -> SVD:
     if n > m:
         return minor_svd(operator.mH, rank).mH
     if eps(operator.dtype) > eps(np.float64) and n > _SMALL:
-        f = _gram_svd(operator, _exactly(rank), slice(0, rank), 0.0)
+        f = gram_svd(operator, _exactly(rank), slice(0, rank), 0.0)
         if f is not None:
             return f
-    f = _lapack(operator.to_dense())
+    f = lapack_svd(operator.to_dense())
     last = slice(n - rank, n)
     return SVD(f.u[:, last], f.s[last], f.vh[last, :], f.bounds[last])
 
@@ -209,7 +199,7 @@ def singular_values(a: Any) -> Array:
     operator = as_operator(a)
     if operator.shape[1] > operator.shape[0]:
         operator = operator.mH
-    dense = _finite(operator.to_dense())
+    dense = finite(operator.to_dense())
     xp = namespace(dense)
     if eps(dense.dtype) > eps(np.float64):
         gram = inner(dense, dense)
@@ -226,7 +216,7 @@ def _batched(a: Array, rank: int | None, tol: float | None, rng: RNG) -> SVD:
     if rank is None and tol is not None:
         raise ValueError("a batch needs one rank, got only tol; loop over the matrices instead")
     if min(a.shape[-2:]) <= _SMALL or rank is None or 0 in a.shape:
-        f = _lapack(as_compute(a))
+        f = lapack_svd(as_compute(a))
         return f if rank is None else f.truncate(rank)
     flat = xp.reshape(a, (-1, *a.shape[-2:]))
     children = np.random.default_rng(rng).spawn(flat.shape[0])
@@ -264,10 +254,10 @@ def _truncated(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG)
     m, n = a.shape
     short, long = sorted((m, n))
     accuracy = 4 * eps(a.dtype) ** 0.5
-    dense = _fits(a)
+    dense = fits(a)
     truncation = None if rank is not None else tol
     if dense and (short <= _SMALL or (rank is None and (tol is None or tol < accuracy))):
-        return _lapack(a.to_dense()).truncate(rank, tol=truncation)
+        return lapack_svd(a.to_dense()).truncate(rank, tol=truncation)
     # Below this, what the values found lack of the norm is rounding in compute precision.
     resolved = rank is not None or (tol is not None and tol >= 3.5 * accuracy)
     if not (dense or resolved):
@@ -294,12 +284,12 @@ def _truncated(a: LinearOperator, rank: int | None, tol: float | None, rng: RNG)
                 max_reads=budget / width + 2,
             )
         if found.converged or not dense:
-            return _with_error(found.svd.mH if flipped else found.svd, norm, a)
+            return with_error(found.svd.mH if flipped else found.svd, norm, a)
     tall = a.mH if n > m else a
     index = None if rank is None else slice(short - rank, short)
-    f = _gram_svd(tall, wanted, index, accuracy)
+    f = gram_svd(tall, wanted, index, accuracy)
     if f is None:
-        return _lapack(a.to_dense()).truncate(rank, tol=truncation)
+        return lapack_svd(a.to_dense()).truncate(rank, tol=truncation)
     return f.mH if n > m else f
 
 
@@ -318,98 +308,3 @@ def _energy(tol: float, norm: float) -> Wanted:
         return int(enough[0]) + 1 if len(enough) else None
 
     return wanted
-
-
-def _with_error(f: SVD, norm: float, a: LinearOperator) -> SVD:
-    """``f`` with ``||a - f||_F``, unless the ``norm`` of ``a`` is not known.
-
-    From the difference of squared norms where that has digits. Otherwise from ``a - f`` itself if
-    ``a`` is in memory, and if not, the most that it can be.
-    """
-    if math.isnan(norm) or norm == 0.0:
-        return f if norm else replace(f, error=0.0)
-    s = to_host(f.s).astype(np.float64) / norm
-    tail, rounding = max(0.0, 1.0 - float(s @ s)), 20 * eps(f.s.dtype) * float(np.sum(s))
-    if tail > 50 * rounding:
-        return replace(f, error=norm * math.sqrt(tail))
-    if not _fits(a):
-        return replace(f, error=norm * math.sqrt(tail + rounding))
-    dense = a.to_dense()
-    left, right = f.factors()
-    squares = (
-        frobenius(dense[rows, :] - left[rows, :] @ right) ** 2 for rows in slices(a.shape[0], 512)
-    )
-    return replace(f, error=math.sqrt(sum(squares)))
-
-
-def _fits(a: LinearOperator) -> bool:
-    """Whether ``a`` is an array in memory, or small enough to become one."""
-    return a.in_memory or a.shape[0] * a.shape[1] <= 2**20
-
-
-def _finite(dense: Array) -> Array:
-    if not math.isfinite(max_abs(dense)):
-        raise ValueError(NOT_FINITE)
-    return dense
-
-
-def _lapack(dense: Array) -> SVD:
-    """All triplets of a matrix or a stack of them, by the library's own SVD."""
-    xp = namespace(dense)
-    u, s, vh = xp.linalg.svd(_finite(dense), full_matrices=False)
-    largest = s[..., :1] if s.shape[-1] else s
-    bounds = xp.zeros_like(s) + max(dense.shape[-2:]) * eps(dense.dtype) * largest
-    return SVD.canonical(u, s, vh, bounds, 0.0 if s.ndim == 1 else None)
-
-
-def _gram_svd(
-    a: LinearOperator,
-    wanted: Wanted,
-    index: slice | None,
-    tol: float,
-) -> SVD | None:
-    """Triplets from the eigenvectors of ``A^H A``, or None where their bounds miss ``tol``.
-
-    In float64 throughout, for ``A v`` of a small singular value is small. ``index`` selects
-    eigenvectors by position, in ascending order, where that is known beforehand.
-    """
-    dense = _finite(a.to_dense())
-    xp = namespace(dense)
-    if eps(dense.dtype) == eps(np.float64) and not 1e-100 < max_abs(dense) < 1e100:
-        return None
-    gram = inner(dense, dense)
-    norm = max(0.0, complex(xp.linalg.trace(gram)).real) ** 0.5
-    rounding = 5 * eps(dense.dtype) * norm
-    # LAPACK leaves eigenvectors of clustered values orthogonal to some hundred eps only.
-    v, _ = orthonormalize(_eigenvectors(gram, wanted, index))
-    q, r = xp.linalg.qr(inner(adjoint(dense), v))
-    left, s, right = xp.linalg.svd(r, full_matrices=False)
-    u, vh = q @ left, right @ adjoint(v)
-    residual = inner(dense, u) - adjoint(vh) * xp.astype(s, u.dtype)
-    bounds = xp.linalg.vector_norm(residual, axis=0) + rounding
-    if float(xp.max(bounds)) > max(tol * float(s[-1]), 2 * rounding):
-        return None
-    real = real_dtype(xp, dense.dtype)
-    u, vh = xp.astype(u, dense.dtype), xp.astype(vh, dense.dtype)
-    f = SVD.canonical(u, xp.astype(s, real), vh, xp.astype(bounds, real))
-    return _with_error(f, norm, a)
-
-
-def _eigenvectors(gram: Array, wanted: Wanted, index: slice | None) -> Array:
-    xp = namespace(gram)
-    if index is not None and isinstance(gram, np.ndarray):
-        from scipy.linalg import eigh
-
-        _, vectors = eigh(
-            adjoint(gram),  # the same matrix, in the order in which LAPACK can overwrite it
-            subset_by_index=[index.start, index.stop - 1],
-            overwrite_a=True,
-            check_finite=False,
-        )
-        return vectors[:, ::-1]
-    values, vectors = xp.linalg.eigh(gram)
-    if index is None:
-        theta = np.sqrt(np.maximum(to_host(values)[::-1], 0.0))
-        k = wanted(theta) or len(theta)
-        index = slice(len(theta) - k, len(theta))
-    return xp.flip(vectors[:, index], axis=1)
