@@ -8,6 +8,7 @@ import lowrank_sp as lr
 from lowrank_sp import LowRank, Stop
 from lowrank_sp.tensors import CP, Kronecker, joint_diagonal, joint_svd, nearest_kronecker, tucker2
 from lowrank_sp.tensors.rearrange import _Rearranged
+from lowrank_sp.tensors.source import FactoredStack
 from lowrank_sp.testing import assert_adjoint
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
@@ -271,3 +272,59 @@ def test_stacks_are_checked(solve):
     zero = solve([0.0 * w, 0.0 * w], rank=1, rng=0)
     assert zero.converged
     assert zero.value.error == 0.0
+
+
+def wide_stack(dtype=np.float64, count=40, m=300, n=280, rank=8):
+    """Factored matrices so large that a sweep improves its subspaces rather than finds them."""
+    shared_left, shared_right = gaussian(m, 5, dtype=dtype), gaussian(5, n, seed=1, dtype=dtype)
+    matrices = []
+    for k in range(count):
+        left = shared_left @ gaussian(5, rank, seed=2 * k, dtype=dtype)
+        right = gaussian(rank, 5, seed=2 * k + 1, dtype=dtype) @ shared_right
+        noise = (gaussian(*f.shape, seed=k + 50, dtype=dtype) / 2 for f in (left, right))
+        matrices.append(LowRank(*(f + e for f, e in zip((left, right), noise, strict=True))))
+    return matrices
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_joint_svd_of_large_stacks_is_that_of_dense_ones(dtype):
+    matrices, errors = wide_stack(dtype), []
+    x = stacked(matrices)
+    factored = joint_svd(
+        matrices,
+        rank=4,
+        rng=0,
+        stop=Stop(500, tol=1e-14),
+        callback=lambda _k, _change, t: errors.append(t.error),
+    ).value
+    dense = joint_svd(x, rank=4, stop=Stop(500, tol=1e-14)).value
+    size = np.linalg.norm(x)
+    assert np.all(np.diff(errors) <= 1e-12 * size)
+    assert abs(factored.error - dense.error) <= 1e-10 * size
+    assert np.linalg.norm(factored.to_dense() - dense.to_dense()) <= 1e-5 * size
+    assert abs(factored.error - np.linalg.norm(x - factored.to_dense())) <= 1e-12 * size
+
+
+def test_joint_svd_of_large_stacks_on_every_library(xp):
+    matrices = [
+        LowRank(xp.asarray(w.left), xp.asarray(w.right)) for w in wide_stack(np.float32, count=30)
+    ]
+    solution = joint_svd(matrices, rank=4, rng=0)
+    expected = joint_svd(stacked(wide_stack(np.float32, count=30)), rank=4).value
+    assert solution.converged
+    assert solution.value.error <= (1 + 1e-3) * expected.error
+
+
+def test_distances_of_near_matrices_keep_their_digits():
+    matrices = wide_stack(count=30)
+    w = LowRank(np.stack([w.left for w in matrices]), np.stack([w.right for w in matrices]))
+    source = FactoredStack.of(w)
+    scale = 1e-9
+    left, right = gaussian(300, 6), gaussian(7, 280, seed=3)
+    cores = scale * gaussian(30, 6, 7, seed=4)
+    model = left @ cores @ right
+    found = source.distances(left, cores, right)
+    assert np.allclose(found, np.linalg.norm(w.to_dense() - model, axis=(1, 2)), rtol=1e-12)
+    near = LowRank(w.left[:1], w.right[:1])
+    exact = FactoredStack.of(near).distances(w.left[0], np.eye(8)[None] * (1 + scale), w.right[0])
+    assert np.isclose(exact[0], scale * np.linalg.norm(near.to_dense()), rtol=1e-5)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lowrank_sp._arrays import (
     RNG,
     Array,
@@ -27,7 +29,6 @@ from lowrank_sp.tensors.hooi import tucker2
 from lowrank_sp.tensors.mttkrp import conjugate
 from lowrank_sp.tensors.ranks import NOT_FINITE, Rank, cp_rank, tucker_rank
 from lowrank_sp.tensors.source import FactoredStack
-from lowrank_sp.tensors.subspace import leading_subspace
 from lowrank_sp.tensors.tucker import Tucker
 
 # An array (L, m, n), a LowRank of that shape, or a sequence of L factored matrices (m, n).
@@ -78,8 +79,10 @@ def joint_svd(
     Notes
     -----
     An array goes to :func:`~lowrank_sp.tensors.hooi.tucker2`. Factored matrices of rank ``r`` cost
-    ``O(L (m + n) r k)`` flops a sweep, besides one thin SVD of an ``m x L k`` and one of an
-    ``n x L k`` matrix :cite:p:`gabrielsson2025compress`.
+    ``O(L (m + n) r k)`` flops a sweep and ``O(L (m + n) r)`` memory
+    :cite:p:`gabrielsson2025compress`. The subspaces of a sweep are exact where the Gram matrix of
+    the shorter side of ``m x L r`` or ``n x L r`` is cheap; for longer ones the last subspace is
+    improved by a Krylov step, which never loses either.
 
     Examples
     --------
@@ -99,11 +102,14 @@ def joint_svd(
     w, norm = source.stack, source.norm
 
     def projected(left: Array, right: Array) -> _State:
-        return _State(adjoint(left) @ w.matmul(conjugate(right)), left, right)
+        core = (adjoint(left) @ w.left) @ (w.right @ conjugate(right))
+        return _State(core, left, right)
 
     if init is None:
-        core, (_, left, right) = source.core(ranks)
-        start = _State(core, left, right)
+        generator = np.random.default_rng(rng)
+        left = source.subspace(None, ranks[1], rng=generator)
+        right = source.mT.subspace(conjugate(left), ranks[2], rng=generator)
+        start = projected(left, right)
     elif init.shape == tuple(stack.shape) and init.rank == ranks:
         xp = namespace(w.left)
         start = projected(*(xp.linalg.qr(moved(f, w.left))[0] for f in init.factors[1:]))
@@ -114,14 +120,14 @@ def joint_svd(
         )
 
     def step(state: _State) -> tuple[_State, float]:
-        left, _ = leading_subspace(w.matmul(conjugate(state.right)), 1, rank=ranks[1], rng=rng)
-        right, _ = leading_subspace(w.mT.matmul(conjugate(left)), 1, rank=ranks[2], rng=rng)
+        left = source.subspace(conjugate(state.right), ranks[1], state.left)
+        right = source.mT.subspace(conjugate(left), ranks[2], state.right)
         following = projected(left, right)
         change = abs(frobenius(following.core) - frobenius(state.core))
         return following, change / norm if norm else 0.0
 
     def value(state: _State) -> Tucker:
-        error = source.distance_to(state.left @ state.core, state.right.mT)
+        error = frobenius(source.distances(state.left, state.core, state.right.mT))
         core, left, right = (moved(part, stack.left) for part in state)
         unit = namespace(core).eye(count, dtype=core.dtype, device=device(core))
         return Tucker(core, (unit, left, right), error)

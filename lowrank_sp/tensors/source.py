@@ -6,21 +6,33 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
-from lowrank_sp._arrays import Array, adjoint, device, frobenius, namespace, slices
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    adjoint,
+    device,
+    frobenius,
+    namespace,
+    slices,
+    standard_normal,
+)
 from lowrank_sp.factors import LowRank
 from lowrank_sp.tensors.hosvd import st_hosvd
 from lowrank_sp.tensors.modes import mode_dot
 from lowrank_sp.tensors.mttkrp import Rows, conjugate, contracted, khatri_rao_rows
-from lowrank_sp.tensors.subspace import leading_subspace
+from lowrank_sp.tensors.subspace import gram_is_cheap, improved, leading_subspace
 
 # From an axis, its MTTKRP (R, n) and its rows to its new rows.
 Update = Callable[[int, Array, Array], Array]
 
 # Entries of a residual that are formed at a time.
 _BLOCK = 2**20
+# Improvements of a sketch for a subspace to start from.
+_STEPS = 3
 
 
 class Source(ABC):
@@ -184,23 +196,74 @@ class FactoredStack(Source):
 
     def distance(self, rows: Rows) -> float:
         weights, left, right = rows
-        return self.distance_to(left.mT[None, :, :] * weights.mT[:, None, :], right)
+        unit = namespace(weights).eye(left.shape[0], dtype=left.dtype, device=device(left))
+        return frobenius(self.distances(left.mT, weights.mT[:, None, :] * unit, right))
 
-    def distance_to(self, left: Array, right: Array) -> float:
-        """Frobenius norm of this stack minus ``left[l] @ right``."""
-        xp = namespace(left, right)
-        model = LowRank(left, xp.broadcast_to(right, (left.shape[0], *right.shape)))
-        return frobenius((self.stack - model).norm()[:, None])
+    def distances(self, left: Array, cores: Array, right: Array) -> Array:
+        """Frobenius norms of the matrices minus ``left @ cores[l] @ right``, of shape ``(L,)``.
+
+        Inside and outside of the two shared spaces differences are formed apart, so that those of
+        near matrices keep their digits; by blocks of matrices, ``O((m + n) r k)`` flops each.
+        """
+        xp = namespace(left, cores, right)
+        (u, r_u), (v, r_v) = xp.linalg.qr(left), xp.linalg.qr(adjoint(right))
+        (count, m, r), n = self.stack.left.shape, right.shape[1]
+        found = []
+        for part in slices(count, max(1, _BLOCK // ((m + n) * r))):
+            b, a = self.stack.left[part, ...], self.stack.right[part, ...]
+            b_in, a_in = adjoint(u) @ b, a @ v
+            _, b_out = xp.linalg.qr(b - u @ b_in)
+            _, a_out = xp.linalg.qr(adjoint(a - a_in @ adjoint(v)))
+            a_out = adjoint(a_out)
+            inside = b_in @ a_in - r_u @ cores[part, ...] @ adjoint(r_v)
+            blocks = (inside, b_in @ a_out, b_out @ a_in, b_out @ a_out)
+            norms = [xp.linalg.vector_norm(block, axis=(-2, -1)) for block in blocks]
+            found.append(xp.linalg.vector_norm(xp.stack(norms), axis=0))
+        return xp.concat(found)
+
+    def subspace(
+        self, other: Array | None, rank: int, start: Array | None = None, rng: RNG = None
+    ) -> Array:
+        """Leading left subspace of the matrices times ``other (n, k)``, or of them themselves.
+
+        The matrices are never multiplied out: ``W other`` has the Gram matrix of ``left R^H``, with
+        the triangular factor ``R`` of ``(right other)^H``, of no more columns than ``left``.
+
+        Parameters
+        ----------
+        other : array, shape (n, k), or None
+        rank : int
+        start : array, shape (m, rank), optional
+            Where an exact subspace is too dear, this one is improved.
+        rng : int, Generator or None
+            For a start from a sketch, where none is given.
+        """
+        xp = namespace(self.stack.left)
+        left, small = self.stack.left, self.stack.right
+        small = small if other is None else small @ other
+        if small.shape[1] < small.shape[2]:
+            small = adjoint(xp.linalg.qr(adjoint(small))[1])
+        x = left @ small
+        if gram_is_cheap(x, 1, rank):
+            return leading_subspace(x, 1, rank=rank)[0]
+        if start is not None:
+            return improved(x, start)
+        omega = standard_normal((*x.shape[::2], rank), like=x, rng=rng)
+        start, _ = xp.linalg.qr(xp.sum(x @ omega, axis=0))
+        return reduce(lambda u, _: improved(x, u), range(_STEPS), start)
+
+    @property
+    def mT(self) -> FactoredStack:
+        """The stack of the transposed matrices."""
+        (count, m, n), modes = self.shape, self.modes
+        return FactoredStack(self.stack.mT, (count, n, m), modes, self.split, self.norm)
 
     def core(self, sizes: Sequence[int]) -> tuple[Array, tuple[Array, ...]]:
         xp = namespace(self.stack.left)
-        left, right = self.stack.factors()
-        _, r = xp.linalg.qr(right.mT)
-        u, _ = leading_subspace(left @ r.mT, 1, rank=sizes[1])
-        left = adjoint(u) @ left
-        _, r = xp.linalg.qr(left)
-        v, _ = leading_subspace(r @ right, 2, rank=sizes[2])
-        core = left @ (right @ conjugate(v))
+        # What follows refines the core, so that any sketch will do.
+        u = self.subspace(None, sizes[1], rng=0)
+        v = self.mT.subspace(conjugate(u), sizes[2], rng=1)
+        core = (adjoint(u) @ self.stack.left) @ (self.stack.right @ conjugate(v))
         unit = xp.eye(self.shape[0], dtype=u.dtype, device=device(u))
         if sizes[0] < self.shape[0]:
             unit, _ = leading_subspace(core, 0, rank=sizes[0])

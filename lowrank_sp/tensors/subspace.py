@@ -17,6 +17,7 @@ import numpy as np
 from lowrank_sp._arrays import (
     RNG,
     Array,
+    adjoint,
     device,
     eps,
     frobenius,
@@ -65,8 +66,7 @@ def leading_subspace(
         u, _ = leading_subspace(x, mode, rank=leading * trailing, rng=rng)
         return complete(u, rank), 0.0
     wide = n < leading * trailing
-    # Below this length no Krylov space is cheaper than the Gram matrix (docs/which-svd.md).
-    if min(n, leading * trailing) <= (512 if rank is None else 168 + 14 * rank):
+    if gram_is_cheap(x, mode, rank):
         found = _by_gram(x, mode, rank, allowed)
         if found or wide:
             return found or _by_triangle(x, mode, rank, allowed)
@@ -85,6 +85,29 @@ def leading_subspace(
         return _by_triangle(x, mode, rank, allowed)
     f = truncated_svd(matrix, tol=tol or None, rng=rng)
     return f.u, float(f.error)
+
+
+def gram_is_cheap(x: Array, mode: int, rank: int | None) -> bool:
+    """Whether the shorter side is below the length at which a Krylov space is cheaper than the Gram
+    matrix (docs/which-svd.md).
+    """  # noqa: D205
+    leading, n, trailing = around(x.shape, mode)
+    return min(n, leading * trailing) <= (512 if rank is None else 168 + 14 * rank)
+
+
+def improved(x: Array, u: Array) -> Array:
+    """Orthonormal ``u'`` that keeps more of a stack of matrices ``x (L, m, c)`` than ``u (m, k)``.
+
+    The leading Ritz vectors of ``G = sum_l x_l x_l^H`` in the span of ``u`` and ``G u``, which
+    holds ``u``, so that nothing is lost. Four products of ``x`` with ``k`` columns.
+    """
+    xp = namespace(x, u)
+    z = xp.sum(x @ (adjoint(x) @ u), axis=0)
+    q, _ = xp.linalg.qr(xp.concat([u, z - u @ (adjoint(u) @ z)], axis=1))
+    tall = xp.reshape(adjoint(x) @ q, (-1, q.shape[1]))
+    _, vectors = xp.linalg.eigh(inner(tall, tall))
+    u = q @ xp.astype(xp.flip(vectors, axis=1)[:, : u.shape[1]], x.dtype)
+    return fix_signs(u, u.mT)[0]
 
 
 def lost(x: Array, mode: int, u: Array) -> float:
