@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from lowrank_sp._arrays import RNG, Array, as_compute, dtype_name, namespace, slices
+from lowrank_sp.adapters.algebra.sums import resize
 from lowrank_sp.adapters.forms._draws import Like, factor_scale, kaiming_uniform, zeros
 from lowrank_sp.adapters.forms._parts import Fixed, Parts, Trained
 from lowrank_sp.factors import Factored, LowRank
@@ -87,11 +88,9 @@ class Form(Parts, ABC):
             return Conversion(Product(*f.split().factors()), float(f.error or 0.0))
         if rank is None and tol is None:
             return Conversion(Product(*delta.factors()), 0.0)
-        rank = None if rank is None else min(rank, delta.rank, *self.shape)
-        whole = delta.svd()
-        f = whole.truncate(rank, tol=tol)
-        error = namespace(whole.s).linalg.vector_norm(whole.s[f.rank :])
-        return Conversion(Product(*f.split().factors()), float(error))
+        most = None if rank is None else min(rank, delta.rank, *self.shape)
+        f = resize(delta, rank=most, tol=tol)
+        return Conversion(Product(*f.split().factors()), float(f.error))
 
 
 @dataclass(frozen=True, repr=False)
