@@ -820,6 +820,28 @@ def test_peft_intruders(keep):
     close(reduce_intruders(delta, found, keep=keep), expected, np.float32, 1e3)
 
 
+# -- what has an update --
+
+
+@dataclass(frozen=True)
+class HasUpdate:
+    """An adapter of some form."""
+
+    update: object
+
+    def delta(self):
+        return self.update
+
+
+def test_whatever_has_an_update_has_an_algebra():
+    start = pissa(gaussian(M, N), 3, alpha=6)
+    close(merge.cat([start, HasUpdate(start.delta())]).value, 2 * wide(start.delta()), np.float64)
+    assert resize(start, rank=1).rank == 1
+    assert adapter_overlap(start, start.svd) == pytest.approx((1.0, 1.0))
+    with pytest.raises(TypeError, match="got HasUpdate with a delta that is a ndarray: updates"):
+        merge.svd([start, HasUpdate(gaussian(M, N))], rank=3)
+
+
 # -- refusals --
 
 
@@ -859,7 +881,7 @@ MERGES = {
             lambda: [good()[0], wide(good()[1])],
             None,
             TypeError,
-            "must be a LowRank or an SVD, got ndarray; updates of other forms do not add",
+            "must be a LowRank, or have a delta that is one, got a ndarray: updates of this",
         ),
         (
             lambda: [good()[0], other(dtype=np.float32)],

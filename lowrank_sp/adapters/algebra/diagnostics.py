@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lowrank_sp._arrays import RNG, Array, adjoint, frobenius, namespace, to_host
-from lowrank_sp.adapters.algebra.sums import checked, finite_factors, resize
+from lowrank_sp.adapters.algebra.sums import Update, checked, factored, resize
 from lowrank_sp.factors import SVD, Factored, LowRank
 from lowrank_sp.linalg.spectrum import subspace_overlap
 from lowrank_sp.linalg.svd import truncated_svd
@@ -51,7 +51,7 @@ class Intruders:
 
 def intruders(
     weight: Any,
-    delta: Factored,
+    delta: Update,
     base: SVD,
     *,
     rank: int = 10,
@@ -99,14 +99,14 @@ def intruders(
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be in (0, 1), got {threshold}; it is a cosine")
-    delta = finite_factors(delta)
+    update = factored(delta)
     operator = as_operator(weight)
-    if not operator.shape == delta.shape == base.shape:
+    if not operator.shape == update.shape == base.shape:
         raise ValueError(
-            f"weight, update and base must have one shape, got {operator.shape}, {delta.shape} "
+            f"weight, update and base must have one shape, got {operator.shape}, {update.shape} "
             f"and {base.shape}"
         )
-    merged = truncated_svd(operator + delta, rank, tol=tol, rng=rng)
+    merged = truncated_svd(operator + update, rank, tol=tol, rng=rng)
     xp = namespace(merged.u, base.u)
     products = adjoint(base.u) @ merged.u
     similarity = xp.max(abs(products), axis=0)
@@ -118,7 +118,7 @@ def intruders(
 
 
 def reduce_intruders(
-    delta: Factored,
+    delta: Update,
     found: Intruders,
     *,
     keep: float = 0.75,
@@ -150,15 +150,16 @@ def reduce_intruders(
     """
     if not 0 <= keep <= 1:
         raise ValueError(f"keep must be in [0, 1], got {keep}; it is the share that is kept")
-    rank = delta.rank if rank is None and tol is None else rank
+    update = factored(delta)
+    rank = update.rank if rank is None and tol is None else rank
     indices = found.certain
     if indices and keep < 1:
         xp = namespace(found.merged.u)
         u, s, vh = found.merged
         columns = xp.asarray(indices, device=found.merged.device)
         left = xp.take(u, columns, axis=1) * xp.astype(xp.take(s, columns), u.dtype)
-        delta = delta + (keep - 1) * LowRank(left, xp.take(vh, columns, axis=0))
-    return resize(delta, rank=rank, tol=tol)
+        update = update + (keep - 1) * LowRank(left, xp.take(vh, columns, axis=0))
+    return resize(update, rank=rank, tol=tol)
 
 
 class Sides(NamedTuple):
@@ -168,7 +169,7 @@ class Sides(NamedTuple):
     right: float
 
 
-def adapter_overlap(first: Factored, second: Factored, *, rank: int | None = None) -> Sides:
+def adapter_overlap(first: Update, second: Update, *, rank: int | None = None) -> Sides:
     """How much of their directions two updates share, from 0 to 1.
 
     :func:`~lowrank_sp.linalg.spectrum.subspace_overlap` of their left and of their right singular
@@ -197,7 +198,7 @@ def adapter_overlap(first: Factored, second: Factored, *, rank: int | None = Non
     return Sides(subspace_overlap(one.u, two.u), subspace_overlap(adjoint(one.vh), adjoint(two.vh)))
 
 
-def base_energy(delta: Factored, base: SVD, *, rank: int | None = None) -> Sides:
+def base_energy(delta: Update, base: SVD, *, rank: int | None = None) -> Sides:
     r"""Shares of an update's energy that lie in the leading singular subspaces of the base.
 
     .. math:: \lVert U_k^H \Delta \rVert_F^2 / \lVert \Delta \rVert_F^2, \qquad
@@ -227,7 +228,7 @@ def base_energy(delta: Factored, base: SVD, *, rank: int | None = None) -> Sides
     >>> round(left, 12), round(right, 12)
     (1.0, 0.5)
     """
-    delta = finite_factors(delta)
+    delta = factored(delta)
     if delta.shape != base.shape:
         raise ValueError(f"update and base must have one shape, got {delta.shape} and {base.shape}")
     base = base.truncate(rank)

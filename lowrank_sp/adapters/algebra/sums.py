@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from lowrank_sp._arrays import (
     Array,
@@ -19,14 +19,26 @@ from lowrank_sp.factors import SVD, Factored, LowRank
 from lowrank_sp.linalg.spectrum import energy_rank
 
 
-def resize(delta: Factored, *, rank: int | None = None, tol: float | None = None) -> SVD:
+class HasDelta(Protocol):
+    """What is not an update itself, and has one: an initialization, a pair, a form."""
+
+    def delta(self) -> Any:
+        """The update, scale included."""
+        ...
+
+
+#: An update of a weight ``(m, n)``.
+Update = Factored | HasDelta
+
+
+def resize(delta: Update, *, rank: int | None = None, tol: float | None = None) -> SVD:
     r"""Best approximation of an update by one of lower rank.
 
     .. math:: \min_{\operatorname{rank} X \le r} \lVert B A - X \rVert_F
 
     Parameters
     ----------
-    delta : LowRank or SVD, shape (..., m, n)
+    delta : LowRank or SVD, shape (..., m, n), or what has such a ``delta()``
         Of rank ``R``. A batch, all layers of one shape, needs ``rank``.
     rank, tol
         As in :meth:`SVD.truncate <lowrank_sp.factors.SVD.truncate>`: ``rank`` triplets, or as few
@@ -60,8 +72,8 @@ def resize(delta: Factored, *, rank: int | None = None, tol: float | None = None
     >>> f.truncate(sv_ratio(f.s, 2.0)).rank
     2
     """
-    delta = finite_factors(delta)
-    f = delta if isinstance(delta, SVD) else delta.svd()
+    product = factored(delta)
+    f = product if isinstance(product, SVD) else product.svd()
     return replace(f, error=0.0).truncate(rank, tol=tol)
 
 
@@ -108,12 +120,12 @@ def sv_fro(s: Array, share: float) -> int:
     return max(1, energy_rank(s, share**2))
 
 
-def add(deltas: Sequence[Factored], weights: Sequence[float] | None = None) -> LowRank:
+def add(deltas: Sequence[Update], weights: Sequence[float] | None = None) -> LowRank:
     """Weighted sum of updates, exactly: the factors side by side, of rank ``sum r_i``.
 
     Parameters
     ----------
-    deltas : sequence of LowRank or SVD, shape (m, n)
+    deltas : sequence of LowRank or SVD, shape (m, n), or of what has such a ``delta()``
         Scales included: ``scale * LowRank(up, down)``. Ranks may differ.
     weights : sequence of float, optional
         By default all one. Negative ones subtract.
@@ -135,7 +147,7 @@ def add(deltas: Sequence[Factored], weights: Sequence[float] | None = None) -> L
     return weighted_sum(*checked(deltas, weights))
 
 
-def average(deltas: Sequence[Factored], weights: Sequence[float] | None = None) -> LowRank:
+def average(deltas: Sequence[Update], weights: Sequence[float] | None = None) -> LowRank:
     """Weighted mean of updates, exactly: :func:`add` with the weights divided by their sum.
 
     Parameters are those of :func:`add`; the sum of the weights must not be zero.
@@ -148,7 +160,7 @@ def average(deltas: Sequence[Factored], weights: Sequence[float] | None = None) 
 
 
 def subtract(
-    trained: Factored, start: Factored, *, rank: int | None = None, tol: float | None = None
+    trained: Update, start: Update, *, rank: int | None = None, tol: float | None = None
 ) -> SVD:
     r"""What training added to an adapter that did not start at zero.
 
@@ -188,12 +200,12 @@ def subtract(
     >>> f.s[:1] * 2**40, f.bounds[0] < 1e-20
     (array([2.82842712]), np.True_)
     """
-    (trained, start), _ = checked([trained, start], None)
-    difference = weighted_sum([trained, start], [1.0, -1.0])
-    if trained.rank == start.rank:
+    (new, old), _ = checked([trained, start], None)
+    difference = weighted_sum([new, old], [1.0, -1.0])
+    if new.rank == old.rank:
         moved = [
-            LowRank(trained.left - start.left, trained.right),
-            LowRank(start.left, trained.right - start.right),
+            LowRank(new.left - old.left, new.right),
+            LowRank(old.left, new.right - old.right),
         ]
         balanced = weighted_sum(list(map(_balanced, moved)), [1.0, 1.0])
         difference = min(difference, balanced, key=_size)
@@ -201,12 +213,12 @@ def subtract(
 
 
 def checked(
-    deltas: Sequence[Factored], weights: Sequence[float] | None
+    deltas: Sequence[Update], weights: Sequence[float] | None
 ) -> tuple[list[LowRank], list[float]]:
     """Updates that can be added, in their compute dtype, and one weight for each."""
     if not deltas:
         raise ValueError("a sum needs at least one update, got none")
-    pairs = [finite_factors(delta) for delta in deltas]
+    pairs = [factored(delta) for delta in deltas]
     first = pairs[0]
     for i, delta in enumerate(pairs):
         if len(delta.shape) != 2:
@@ -234,13 +246,19 @@ def checked(
     return [LowRank(*delta.factors()) for delta in pairs], weights
 
 
-def finite_factors(delta: Any) -> Factored:
-    """``delta`` in its compute dtype, or an error where it is no product of finite factors."""
+def factored(update: Any) -> Factored:
+    """An update as a product of finite factors in its compute dtype, or an error where it is none.
+
+    Of anything but a product, such as an initialization or a form of an adapter, ``delta()`` is
+    asked for.
+    """
+    delta = update.delta() if hasattr(update, "delta") else update
     if not isinstance(delta, Factored):
+        what = "" if delta is update else f"{type(update).__name__} with a delta that is "
         raise TypeError(
-            f"an update must be a LowRank or an SVD, got {type(delta).__name__}; updates of other "
-            "forms do not add as factors: make a LowRank of them first, with truncated_svd if need "
-            "be"
+            f"an update must be a LowRank, or have a delta that is one, got {what}a "
+            f"{type(delta).__name__}: updates of this form do not add as factors; make a LowRank "
+            "of it first, by to_lora or truncated_svd"
         )
     if not all(math.isfinite(max_abs(factor)) for factor in delta.factors()):
         raise ValueError("the factors of an update must be finite, got NaN or infinite entries")

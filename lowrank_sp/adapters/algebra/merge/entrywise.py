@@ -12,13 +12,13 @@ from lowrank_sp._arrays import RNG, Array
 from lowrank_sp.adapters.algebra.blocks import distance, rows_of
 from lowrank_sp.adapters.algebra.merge.exact import Merged
 from lowrank_sp.adapters.algebra.merge.rules import EntryRule, magnitude_prune
-from lowrank_sp.adapters.algebra.sums import checked
-from lowrank_sp.factors import Factored, LowRank
+from lowrank_sp.adapters.algebra.sums import Update, checked
+from lowrank_sp.factors import LowRank
 from lowrank_sp.linalg.svd import truncated_svd
 
 
 def entrywise(
-    deltas: Sequence[Factored],
+    deltas: Sequence[Update],
     weights: Sequence[float] | None = None,
     *,
     rule: EntryRule,
@@ -74,7 +74,7 @@ def entrywise(
 
 
 def factorwise(
-    deltas: Sequence[Factored],
+    deltas: Sequence[Update],
     weights: Sequence[float] | None = None,
     *,
     rule: EntryRule,
@@ -120,7 +120,7 @@ def factorwise(
     return Merged(value, exact, (value - exact).norm(), 0.0)
 
 
-def linear(deltas: Sequence[Factored], weights: Sequence[float] | None = None) -> Merged:
+def linear(deltas: Sequence[Update], weights: Sequence[float] | None = None) -> Merged:
     r"""Weighted sums of the factors: PEFT's ``linear``, which is not the sum of the updates.
 
     .. math:: B = \sum_i \sqrt{|w_i|}\, B_i, \qquad

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_sp.adapters.algebra.sums import add, resize
-from lowrank_sp.factors import SVD, Factored, LowRank
+from lowrank_sp.adapters.algebra.sums import Update, add, resize
+from lowrank_sp.factors import SVD, LowRank
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Merged:
         return self.error / norm
 
 
-def cat(deltas: Sequence[Factored], weights: Sequence[float] | None = None) -> Merged:
+def cat(deltas: Sequence[Update], weights: Sequence[float] | None = None) -> Merged:
     """The weighted sum itself, by the factors side by side: rank ``sum r_i``, no error.
 
     Parameters
     ----------
-    deltas : sequence of LowRank or SVD, shape (m, n)
+    deltas : sequence of LowRank or SVD, shape (m, n), or of what has such a ``delta()``
         Scales included. Ranks may differ.
     weights : sequence of float, optional
         By default all one.
@@ -58,7 +58,7 @@ def cat(deltas: Sequence[Factored], weights: Sequence[float] | None = None) -> M
 
 
 def svd(
-    deltas: Sequence[Factored],
+    deltas: Sequence[Update],
     weights: Sequence[float] | None = None,
     *,
     rank: int | None = None,

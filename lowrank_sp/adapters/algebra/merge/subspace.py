@@ -11,12 +11,12 @@ from lowrank_sp._arrays import RNG, Array, adjoint, eps, namespace
 from lowrank_sp.adapters.algebra.blocks import rows_of
 from lowrank_sp.adapters.algebra.merge.exact import Merged
 from lowrank_sp.adapters.algebra.merge.rules import EntryRule
-from lowrank_sp.adapters.algebra.sums import checked, resize, weighted_sum
-from lowrank_sp.factors import Factored, LowRank, check_rank
+from lowrank_sp.adapters.algebra.sums import Update, checked, resize, weighted_sum
+from lowrank_sp.factors import LowRank, check_rank
 
 
 def knots(
-    deltas: Sequence[Factored],
+    deltas: Sequence[Update],
     weights: Sequence[float] | None = None,
     *,
     rule: EntryRule,
@@ -73,7 +73,7 @@ def knots(
 
 
 def tsv(
-    deltas: Sequence[Factored], weights: Sequence[float] | None = None, *, rank: int | None = None
+    deltas: Sequence[Update], weights: Sequence[float] | None = None, *, rank: int | None = None
 ) -> Merged:
     r"""Merge singular vectors after making those of different updates orthogonal.
 
