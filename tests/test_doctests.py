@@ -14,6 +14,13 @@ NAMES = [
     if name != "lowrank_sp.cli"
 ]
 WITH_EXAMPLES = {
+    "lowrank_sp.adapters.initializers.activation",
+    "lowrank_sp.adapters.initializers.allocation",
+    "lowrank_sp.adapters.initializers.gradient",
+    "lowrank_sp.adapters.initializers.quantized",
+    "lowrank_sp.adapters.initializers.spectral",
+    "lowrank_sp.adapters.quantize.formats",
+    "lowrank_sp.adapters.statistics",
     "lowrank_sp.estimators",
     "lowrank_sp.factors",
     "lowrank_sp.gauge",

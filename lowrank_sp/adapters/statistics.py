@@ -86,7 +86,7 @@ class SecondMoment(_Mean):
     @classmethod
     def of(cls, x: Array) -> SecondMoment:
         """Second moment of one batch of shape ``(..., n)``, a sample a row."""
-        rows = _samples(x)
+        rows = as_compute(_samples(x))
         return cls(inner(rows, rows).mT / rows.shape[0], rows.shape[0])
 
     def update(self, x: Array) -> SecondMoment:
@@ -290,7 +290,7 @@ def pack(statistics: Mapping[str, Any]) -> dict[str, Array]:
     3
     """
     return {
-        f"{layer}.{part}": array
+        f"{layer}.{part}": _in_row_order(array)
         for layer, statistic in statistics.items()
         for part, array in statistic.arrays().items()
     }
@@ -341,6 +341,12 @@ def _directions(rows: Array, rank: int, rng: RNG) -> tuple[Array, Array]:
     """Leading right singular vectors, as rows, and singular values."""
     f = truncated_svd(adjoint(rows), min(rank, *rows.shape), rng=rng)
     return adjoint(f.u), f.s
+
+
+def _in_row_order(a: Array) -> Array:
+    # safetensors writes the memory of a NumPy array as it lies.
+    xp = namespace(a)
+    return xp.reshape(xp.reshape(a, (-1,)), a.shape)
 
 
 def _count(count: int, like: Array) -> Array:

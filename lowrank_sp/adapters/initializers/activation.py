@@ -42,7 +42,7 @@ def eva(
     """Principal directions of the inputs in ``down``, ``up`` zero.
 
     Of all ``down`` with orthonormal rows this one keeps most of the variance of the inputs
-    :cite:p:`paischer2025eva`. ``rng`` is not used.
+    :cite:p:`paischer2024eva`. ``rng`` is not used.
 
     Parameters
     ----------

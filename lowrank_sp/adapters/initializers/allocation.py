@@ -55,7 +55,7 @@ def allocate_by_variance(
     """Ranks by the variance of the inputs that they explain: the rule of EVA.
 
     The budget, ``rank`` times the number of layers, goes to the largest of all shares, whatever
-    their layer :cite:p:`paischer2025eva`.
+    their layer :cite:p:`paischer2024eva`.
 
     Parameters
     ----------

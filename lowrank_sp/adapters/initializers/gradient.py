@@ -21,7 +21,12 @@ from lowrank_sp._arrays import (
     max_abs,
     namespace,
 )
-from lowrank_sp.adapters.initializers._start import Initialization, checked, compensated
+from lowrank_sp.adapters.initializers._start import (
+    Initialization,
+    check_finite,
+    checked,
+    compensated,
+)
 from lowrank_sp.factors import SVD, LowRank
 from lowrank_sp.linalg.svd import truncated_svd
 from lowrank_sp.operators import as_operator
@@ -153,7 +158,7 @@ def lora_sb(
 
     Gradient descent on ``R`` alone then moves the weight by the projection of the gradient onto
     both fixed subspaces. The weight is not compensated for: the layer starts at ``weight + B R A``
-    :cite:p:`ponkshe2025lorasb`.
+    :cite:p:`ponkshe2024lorasb`.
 
     Parameters
     ----------
@@ -165,7 +170,7 @@ def lora_sb(
         Learning rate of the first full step.
     """
     _, _, _, dtype = checked(weight, rank, None, dtype)
-    _check_gradient(weight, gradient)
+    _check_gradient(weight, gradient)  # a sign may hide NaN
     dense = as_compute(gradient) if is_array(gradient) else as_operator(gradient).to_dense()
     xp = namespace(weight, dense)
     f = _gradient_svd(weight, -step * xp.sign(dense), rank, rng)
@@ -174,6 +179,7 @@ def lora_sb(
 
 
 def _check_gradient(weight: Array, gradient: Any) -> None:
+    check_finite(weight)
     if tuple(gradient.shape) != tuple(weight.shape):
         raise ValueError(
             f"gradient must have the shape of the weight, {tuple(weight.shape)}, "
