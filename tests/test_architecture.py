@@ -139,7 +139,8 @@ def test_import_is_light():
 def exported():
     bridge = importlib.import_module("lowrank_sp.torch")
     solvers = (inverse, inverse.completion, inverse.sensing, inverse.synthetic, updates)
-    for module in (lowrank_sp, linalg, operators, tensors, adapters, bridge, *solvers):
+    algebra = (adapters.algebra, adapters.algebra.merge)
+    for module in (lowrank_sp, linalg, operators, tensors, adapters, *algebra, bridge, *solvers):
         for name, thing in vars(module).items():
             if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
                 yield pytest.param(thing, id=f"{module.__name__}.{name}")

@@ -14,6 +14,12 @@ NAMES = [
     if name != "lowrank_sp.cli"
 ]
 WITH_EXAMPLES = {
+    "lowrank_sp.adapters.algebra.diagnostics",
+    "lowrank_sp.adapters.algebra.extraction",
+    "lowrank_sp.adapters.algebra.merge.entrywise",
+    "lowrank_sp.adapters.algebra.merge.exact",
+    "lowrank_sp.adapters.algebra.merge.subspace",
+    "lowrank_sp.adapters.algebra.sums",
     "lowrank_sp.adapters.initializers.activation",
     "lowrank_sp.adapters.initializers.allocation",
     "lowrank_sp.adapters.initializers.gradient",

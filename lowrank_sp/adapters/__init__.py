@@ -1,5 +1,6 @@
 """The LoRA side: initializers of adapter factors."""
 
+from lowrank_sp.adapters import algebra as algebra
 from lowrank_sp.adapters.initializers import CALIBRATED as CALIBRATED
 from lowrank_sp.adapters.initializers import INITIALIZERS as INITIALIZERS
 from lowrank_sp.adapters.initializers import Allocation as Allocation

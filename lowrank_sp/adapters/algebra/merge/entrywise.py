@@ -43,8 +43,7 @@ def entrywise(
     Returns
     -------
     Merged
-        ``truncation`` is :math:`\lVert M - X \rVert_F` for the merged matrix ``M`` of full rank,
-        which is often most of it.
+        ``truncation`` is :math:`\lVert M - X \rVert_F` for the merged matrix ``M`` of full rank.
 
     Notes
     -----
