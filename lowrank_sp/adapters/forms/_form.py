@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from lowrank_sp._arrays import RNG, Array, as_compute, dtype_name, namespace, slices
 from lowrank_sp.adapters.algebra.sums import resize
@@ -26,6 +26,10 @@ class Form(Parts, ABC):
     A layer computes :math:`(W + \Delta) x` on inputs that are rows, as in PyTorch:
     ``apply(x)`` is ``x @ delta.T``.
     """
+
+    #: Names of the trained arrays that are factors ``(up, down)`` of a product, for rules that move
+    #: both by their product.
+    products: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,6 +123,8 @@ class Product(Form):
     up: Trained[Array, "m r"]
     down: Trained[Array, "r n"]
     scale: float = 1.0
+
+    products = (("up", "down"),)
 
     @classmethod
     def create(

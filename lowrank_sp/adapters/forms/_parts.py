@@ -15,7 +15,7 @@ where one letter stands for one size in all fields. Fields without a role are pl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
@@ -45,6 +45,10 @@ else:
         """The weight of the layer, where the update depends on it: neither trained nor saved."""
 
 
+#: Called with every class of parts when it is defined: how bridges learn of all of them.
+NEW_CLASSES: list[Callable[[type], None]] = []
+
+
 @cache
 def _roles(cls: type) -> dict[str, tuple[type, str]]:
     """``(role, shape)`` of the array fields of a class, in order."""
@@ -60,6 +64,11 @@ def _roles(cls: type) -> dict[str, tuple[type, str]]:
 @dataclass(frozen=True)
 class Parts:
     """A frozen dataclass of named arrays with roles. Fields that hold tuples count as several."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for tell in NEW_CLASSES:
+            tell(cls)
 
     def __post_init__(self) -> None:
         """Check the shapes that the annotations promise, one array library and one dtype."""
@@ -132,9 +141,19 @@ class Parts:
                 f"{type(self).__name__} has the arrays {', '.join(self.arrays())}, "
                 f"got {', '.join(sorted(unknown))}"
             )
-        new = object.__new__(type(self))
+        return self.assembled(values)
+
+    @classmethod
+    def assembled(cls, values: Mapping[str, Any]) -> Self:
+        """An instance with these values of its fields, which are not checked."""
+        new = object.__new__(cls)
         new.__dict__.update(values)
         return new
+
+    @classmethod
+    def roles(cls) -> dict[str, type]:
+        """The role of every field that holds arrays, in order."""
+        return {field: role for field, (role, _) in _roles(cls).items()}
 
     @property
     def num_trainable(self) -> int:
