@@ -360,7 +360,7 @@ def test_batches_that_change(rule, monkeypatch):
                 net[0].up.grad = net[0].down.grad = None
             if step == 4:
                 # The pairs that are alike, in the other order.
-                optimizer._pairs[0].reverse()
+                optimizer._items[0].reverse()
             optimizer.step()
         return net
 

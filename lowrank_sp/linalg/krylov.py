@@ -128,9 +128,22 @@ class _Search:
 
 @dataclass(frozen=True)
 class Krylov:
-    """What :func:`block_krylov` found: the SVD, whether it met its tolerance, and its cost."""
+    """What :func:`block_krylov` found.
+
+    Attributes
+    ----------
+    svd : SVD
+    beyond : float
+        The Ritz value behind those of ``svd``, which the next singular value is no less than; 0
+        where there is none.
+    converged : bool
+        Whether ``svd`` has met the tolerance.
+    reads, columns : int
+        Reads of the matrix, and the dimension of the space.
+    """
 
     svd: SVD
+    beyond: float
     converged: bool
     reads: int
     columns: int
@@ -142,6 +155,7 @@ def block_krylov(
     *,
     tol: float,
     rng: np.random.Generator,
+    init: Array | None = None,
     width: int | None = None,
     max_columns: int | None = None,
     max_reads: float = math.inf,
@@ -158,8 +172,11 @@ def block_krylov(
     tol : float
         A triplet has converged once ``||A^H u - s v|| <= tol s_k``, or once that is rounding.
     rng : Generator
+    init : array, shape (n, k), optional
+        Orthonormal columns to start from, such as right singular vectors of a matrix nearby. They
+        take the places of all random columns but ``width - k``, which find what they do not see.
     width : int, optional
-        Columns of a block; ``a.block_columns`` by default.
+        Columns of a block, more than ``k``; ``a.block_columns`` by default.
     max_columns : int, optional
         Dimension of the space at which to restart, where it is at least twice what must be kept;
         by default there is no restart.
@@ -179,7 +196,10 @@ def block_krylov(
     """
     m, n = a.shape
     width = min(width or a.block_columns, m, n)
-    basis, scaled, factor = start(a, width, rng)
+    given = 0 if init is None else init.shape[1]
+    basis, scaled, factor = start(a, max(1, width - given), rng)
+    if init is not None:
+        basis = _beside(init, basis, width)
     search = _Search(
         scaled,
         lambda theta: wanted(theta / factor),
@@ -217,7 +237,9 @@ def block_krylov(
         found = found._replace(converged=False)
     found = found._replace(bounds=found.bounds + displaced)
     svd = _finish(found, k, factor, 2 * search.unit, rng)
-    return Krylov(svd, found.converged, basis.reads, basis.columns)
+    values, _ = ritz(basis.gram)
+    beyond = float(values[k]) ** 0.5 / factor if k < len(values) else 0.0
+    return Krylov(svd, beyond, found.converged, basis.reads, basis.columns)
 
 
 def fixed_reads(a: LinearOperator, rank: int, *, width: int, reads: int, rng: RNG) -> SVD:
@@ -232,6 +254,14 @@ def fixed_reads(a: LinearOperator, rank: int, *, width: int, reads: int, rng: RN
     error = math.hypot(leave_one_out(basis), float(np.linalg.norm(s[rank:])))
     svd = _finish(Found(u, s, v, bounds, True), rank, factor, 2 * unit, generator)
     return replace(svd, error=error / factor)
+
+
+def _beside(init: Array, basis: Basis, width: int) -> Basis:
+    """The basis that starts from the columns of ``init`` and what its own first block adds."""
+    floor = 10 * eps(init.dtype)
+    new, _ = orthonormalize_against(init, project_out(init, basis.fresh), floor)
+    fresh = namespace(init).concat([init, new], axis=1)[:, :width]
+    return replace(basis, fresh=fresh, sketched=fresh.shape[1])
 
 
 def _finish(found: Found, k: int, factor: float, noise: float, rng: np.random.Generator) -> SVD:

@@ -1,4 +1,4 @@
-"""Pairs of one kind as one batch: factors, gradients and states are stacked, and put back."""
+"""Parameters of one kind as one batch: they, gradients and states are stacked, and put back."""
 
 from __future__ import annotations
 
@@ -6,94 +6,141 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_sp.torch.pairs import ParameterPair
-
 #: The states of an optimizer, by parameter.
 States = dict[Any, dict[str, Any]]
-#: Bytes of the factors of one batch on a CPU, so that all that belongs to it stays in cache.
+#: Bytes of the parameters of one batch on a CPU, so that all that belongs to it stays in cache.
 _BATCH_BYTES = 2**21
-#: Under these names a state holds float32 copies of factors in half precision.
-_EXACT = ("up_float32", "down_float32")
+#: The same on an accelerator, where a batch costs its copy.
+_BATCH_BYTES_ACCELERATOR = 2**28
 _YES = torch.ones(())
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Pairs alike in shape, dtype, device, sharding, scale, what is frozen, and having a state."""
+class Item(Protocol):
+    """Matrices that a rule moves together: the two factors of a pair, or one weight.
 
-    pairs: Sequence[ParameterPair]
+    Attributes
+    ----------
+    name : str
+    roles : tuple of str
+        What the rule calls the matrices.
+    short : tuple of int
+        The axis of each along which shards are not to be cut.
+    """
+
+    roles: ClassVar[tuple[str, ...]]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def short(self) -> tuple[int, ...]: ...
+    @property
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """The matrices; the state is kept under the first."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """What the rule needs to know of all of a batch."""
+        ...
+
+
+AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+@dataclass(frozen=True)
+class Batch(Generic[AnyItem]):
+    """Items alike in shape, dtype, device, sharding, scale, what is frozen, and having a state."""
+
+    items: Sequence[AnyItem]
     states: States
 
     @property
     def scale(self) -> float:
-        """The scale of all pairs."""
-        return self.pairs[0].scale
+        """The scale of all items."""
+        return self.items[0].scale
 
     @property
     def started(self) -> bool:
-        """Whether the pairs have a state."""
-        return self.pairs[0].up in self.states
+        """Whether the items have a state."""
+        return self.items[0].factors[0] in self.states
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """``up (k, m, r)`` and ``down (k, r, n)``, in at least float32."""
-        ups = [self._exact(pair, pair.up, _EXACT[0]) for pair in self.pairs]
-        downs = [self._exact(pair, pair.down, _EXACT[1]) for pair in self.pairs]
-        return _stack(ups, short=1), _stack(downs, short=0)
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of :meth:`factors`; None for a factor that is frozen."""
-        ups, downs = [p.up.grad for p in self.pairs], [p.down.grad for p in self.pairs]
-        return (
-            None if ups[0] is None else _stack(ups, short=1),
-            None if downs[0] is None else _stack(downs, short=0),
+    def factors(self) -> tuple[Tensor, ...]:
+        """The matrices of each role, stacked, in at least float32."""
+        return tuple(
+            self._stack([self._exact(item, k) for item in self.items], k)
+            for k in range(len(self.items[0].roles))
         )
 
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Gradients of :meth:`factors`; None for what is frozen."""
+        found = []
+        for k in range(len(self.items[0].roles)):
+            grads = [item.factors[k].grad for item in self.items]
+            found.append(None if grads[0] is None else self._stack(grads, k))
+        return tuple(found)
+
     def state(self) -> dict[str, Tensor]:
-        """What the rule remembers of the pairs."""
-        states = [self.states[pair.up] for pair in self.pairs]
-        names = [name for name in states[0] if name not in _EXACT]
+        """What the rule remembers of the items."""
+        states = [self.states[item.factors[0]] for item in self.items]
+        copies = [_exact_name(role) for role in self.items[0].roles]
+        names = [name for name in states[0] if name not in copies]
         return {name: _together([state[name] for state in states]) for name in names}
 
-    def put(self, up: Tensor, down: Tensor, state: dict[str, Tensor]) -> None:
-        """Write new factors into the parameters, and keep the new state."""
+    def put(self, new: Sequence[Tensor], state: dict[str, Tensor]) -> None:
+        """Write new matrices into the parameters, and keep the new state."""
         kept = {name: _whole(x).unbind() for name, x in state.items()}
-        for name, new in zip(_EXACT, (up, down), strict=True):
-            if self.pairs[0].up.dtype != new.dtype:
-                kept[name] = _whole(new).unbind()
-        for i, (pair, new_up, new_down) in enumerate(
-            zip(self.pairs, up.unbind(), down.unbind(), strict=True)
-        ):
-            for factor, new in ((pair.up, new_up), (pair.down, new_down)):
-                factor.copy_(new.reshape(factor.shape))
+        for role, x in zip(self.items[0].roles, new, strict=True):
+            if self.items[0].factors[0].dtype != x.dtype:
+                kept[_exact_name(role)] = _whole(x).unbind()
+        for i, item in enumerate(self.items):
+            for factor, x in zip(item.factors, new, strict=True):
+                factor.copy_(x[i].reshape(factor.shape))
             if kept:
-                self.states[pair.up] = {name: x[i] for name, x in kept.items()}
+                first, *others = item.factors
+                self.states[first] = {name: x[i] for name, x in kept.items()}
                 # Tools for checkpoints want a state of every parameter.
-                self.states[pair.down] = {"is_with_up": _YES}
+                for other in others:
+                    self.states[other] = {f"is_with_{item.roles[0]}": _YES}
 
-    def _exact(self, pair: ParameterPair, factor: nn.Parameter, name: str) -> Tensor:
+    def _stack(self, tensors: Sequence[Any], k: int) -> Tensor:
+        """A batch of matrices of one role; shards are cut across the axis that is not short."""
+        cut = [_cut_lengthwise(x.flatten(1), self.items[0].short[k]) for x in tensors]
+        # A weight may be large, and no rule keeps it; factors are kept by some in their state.
+        alone = len(cut) == 1 and len(self.items[0].roles) == 1
+        return cut[0].unsqueeze(0) if alone else torch.stack(cut)
+
+    def _exact(self, item: AnyItem, k: int) -> Tensor:
+        factor = item.factors[k]
         rounded = factor.float() if factor.dtype.itemsize < 4 else factor
-        exact = self.states[pair.up].get(name) if self.started else None
+        name = _exact_name(item.roles[k])
+        exact = self.states[item.factors[0]].get(name) if self.started else None
         if exact is None:
             return rounded
         # Where somebody else has written to the parameter, the copy is out of date.
         return torch.where(exact.to(factor.dtype) == factor.flatten(1), exact, rounded.flatten(1))
 
 
-def batches(pairs: Iterable[ParameterPair], states: States) -> Iterator[Batch]:
-    """Batches of the pairs that have a gradient."""
-    alike: dict[Any, list[ParameterPair]] = defaultdict(list)
-    for pair in pairs:
-        if any(factor.grad is not None for factor in pair.factors):
-            alike[pair.scale, pair.up in states, *map(_kind, pair.factors)].append(pair)
+def _exact_name(role: str) -> str:
+    """Under this name a state holds the float32 copy of a matrix in half precision."""
+    return f"{role}_float32"
+
+
+def batches(items: Iterable[AnyItem], states: States) -> Iterator[Batch[AnyItem]]:
+    """Batches of the items that have a gradient."""
+    alike: dict[Any, list[AnyItem]] = defaultdict(list)
+    for item in items:
+        if any(factor.grad is not None for factor in item.factors):
+            alike[item.scale, item.factors[0] in states, *map(_kind, item.factors)].append(item)
     for same in alike.values():
-        up, down = same[0].factors
-        size = (up.numel() + down.numel()) * up.element_size()
-        portion = max(1, _BATCH_BYTES // size) if up.device.type == "cpu" else len(same)
+        factors = same[0].factors
+        size = sum(factor.numel() * factor.element_size() for factor in factors)
+        on_cpu = factors[0].device.type == "cpu"
+        portion = max(1, (_BATCH_BYTES if on_cpu else _BATCH_BYTES_ACCELERATOR) // size)
         for start in range(0, len(same), portion):
             yield Batch(same[start : start + portion], states)
 
@@ -121,6 +168,11 @@ def _over_ranks(place: Any, totals: Tensor) -> Tensor:
     return DTensor.from_local(totals, place, [Partial()] * place.ndim).full_tensor()
 
 
+def gathered(x: Any) -> Tensor:
+    """``x`` as a whole on every rank."""
+    return x.full_tensor() if _sharded(x) else x
+
+
 def replicating(x: Tensor) -> AbstractContextManager[None]:
     """Where ``x`` is sharded, a context in which constants count as present on every rank."""
     if not _sharded(x):
@@ -133,11 +185,6 @@ def replicating(x: Tensor) -> AbstractContextManager[None]:
 def _kind(factor: Any) -> tuple[Any, ...]:
     layout = (factor.device_mesh, factor.placements) if _sharded(factor) else ()
     return factor.shape, factor.dtype, factor.device, factor.grad is None, layout
-
-
-def _stack(tensors: Sequence[Any], *, short: int) -> Tensor:
-    """A batch of matrices; shards are cut across the axis that is not ``short``, the rank."""
-    return torch.stack([_cut_lengthwise(x.flatten(1), short) for x in tensors])
 
 
 def _together(parts: Sequence[Tensor]) -> Tensor:

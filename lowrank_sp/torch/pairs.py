@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -39,6 +39,8 @@ class ParameterPair:
     down: nn.Parameter
     scale: float = 1.0
 
+    roles: ClassVar[tuple[str, ...]] = ("up", "down")
+
     def __post_init__(self) -> None:
         up, down = self.up, self.down
         if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
@@ -56,6 +58,11 @@ class ParameterPair:
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """``(up, down)``."""
         return self.up, self.down
+
+    @property
+    def short(self) -> tuple[int, int]:
+        """The axes of the rank, along which shards are not to be cut."""
+        return 1, 0
 
     @property
     def rank(self) -> int:

@@ -1,4 +1,4 @@
-"""Update rules on a factor pair, and the law they are measured on."""
+"""Update rules on a factor pair and on a full weight, and the law the former are measured on."""
 
 from lowrank_sp.updates.alternating import AltLoRA as AltLoRA
 from lowrank_sp.updates.alternating import AltLoRAPlus as AltLoRAPlus
@@ -14,6 +14,14 @@ from lowrank_sp.updates.conformance import Conformance as Conformance
 from lowrank_sp.updates.conformance import conformance as conformance
 from lowrank_sp.updates.constrained import PoLAR as PoLAR
 from lowrank_sp.updates.constrained import StelLA as StelLA
+from lowrank_sp.updates.factorized import LORO as LORO
+from lowrank_sp.updates.factorized import jagged_cosine as jagged_cosine
+from lowrank_sp.updates.factorized import low_rank_plus_sparse as low_rank_plus_sparse
+from lowrank_sp.updates.factorized import (
+    low_rank_plus_sparse_gradients as low_rank_plus_sparse_gradients,
+)
+from lowrank_sp.updates.factorized import merge_and_restart as merge_and_restart
+from lowrank_sp.updates.factorized import random_support as random_support
 from lowrank_sp.updates.first_order import AdamW as AdamW
 from lowrank_sp.updates.first_order import GradientDescent as GradientDescent
 from lowrank_sp.updates.first_order import LoRAPlus as LoRAPlus
@@ -22,6 +30,13 @@ from lowrank_sp.updates.first_order import ScaledGD as ScaledGD
 from lowrank_sp.updates.flatness import SAM as SAM
 from lowrank_sp.updates.flatness import EFlat as EFlat
 from lowrank_sp.updates.flatness import flat_noise as flat_noise
+from lowrank_sp.updates.full_weight import APOLLO as APOLLO
+from lowrank_sp.updates.full_weight import APOLLOMini as APOLLOMini
+from lowrank_sp.updates.full_weight import Fira as Fira
+from lowrank_sp.updates.full_weight import GaLore as GaLore
+from lowrank_sp.updates.full_weight import LoQT as LoQT
+from lowrank_sp.updates.full_weight import ProjectedRule as ProjectedRule
+from lowrank_sp.updates.full_weight import split_quantized as split_quantized
 from lowrank_sp.updates.moments import Adam as Adam
 from lowrank_sp.updates.moments import Moments as Moments
 from lowrank_sp.updates.moments import Momentum as Momentum
@@ -29,6 +44,12 @@ from lowrank_sp.updates.moments import Plain as Plain
 from lowrank_sp.updates.projected import AdaPreLoRA as AdaPreLoRA
 from lowrank_sp.updates.projected import LoRAPro as LoRAPro
 from lowrank_sp.updates.projected import RiemannianGD as RiemannianGD
+from lowrank_sp.updates.projector import Displacement as Displacement
+from lowrank_sp.updates.projector import Every as Every
+from lowrank_sp.updates.projector import Growing as Growing
+from lowrank_sp.updates.projector import Lazy as Lazy
+from lowrank_sp.updates.projector import Subspace as Subspace
+from lowrank_sp.updates.projector import leading_subspace as leading_subspace
 from lowrank_sp.updates.rule import Gauge as Gauge
 from lowrank_sp.updates.rule import Pair as Pair
 from lowrank_sp.updates.rule import Rule as Rule

@@ -32,6 +32,10 @@ class Moments(ABC):
     def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:
         """The direction for a gradient, and what is kept after it."""
 
+    def transport(self, state: State, turn: Array) -> State:  # noqa: ARG002
+        """What is kept, where coordinates ``x (..., r, n)`` of gradients become ``turn @ x``."""
+        return state
+
 
 @dataclass(frozen=True)
 class Plain(Moments):
@@ -56,6 +60,9 @@ class Momentum(Moments):
     def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:  # noqa: ARG002
         mean = self.beta * state["mean"] + grad
         return mean, {"mean": mean}
+
+    def transport(self, state: State, turn: Array) -> State:
+        return {"mean": turn @ state["mean"]}
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,10 @@ class Adam(Moments):
         size *= (1 - first**count) / seen
         return mean / size, {"mean": mean, "square": square}
 
+    def transport(self, state: State, turn: Array) -> State:
+        # The mean squares of sums of coordinates that are not correlated.
+        return {"mean": turn @ state["mean"], "square": squared(turn) @ state["square"]}
+
 
 def squared(x: Array) -> Array:
     """Squares of the magnitudes of the entries."""
@@ -98,20 +109,22 @@ def squared(x: Array) -> Array:
 def init_pair(moments: Moments, factors: Pair) -> State:
     """The state of both factors and the step counter, in one flat dict."""
     up, down = moments.init(factors.up), moments.init(factors.down)
-    return {"step": counter(factors), **_named("up", up), **_named("down", down)}
+    return {"step": counter(factors), **named("up", up), **named("down", down)}
 
 
 def turn_pair(moments: Moments, grads: Pair, state: State) -> tuple[Pair, State]:
     """Directions for both factors, and the state after them."""
     step = state["step"] + 1
-    up, kept_up = moments.turn(grads.up, _of("up", state), step)
-    down, kept_down = moments.turn(grads.down, _of("down", state), step)
-    return Pair(up, down), {"step": step, **_named("up", kept_up), **_named("down", kept_down)}
+    up, kept_up = moments.turn(grads.up, part("up", state), step)
+    down, kept_down = moments.turn(grads.down, part("down", state), step)
+    return Pair(up, down), {"step": step, **named("up", kept_up), **named("down", kept_down)}
 
 
-def _named(side: str, state: State) -> State:
+def named(side: str, state: State) -> State:
+    """A state within a larger one: its arrays, under names that say whose they are."""
     return {f"{side}_{name}": x for name, x in state.items()}
 
 
-def _of(side: str, state: State) -> State:
+def part(side: str, state: State) -> State:
+    """The inverse of :func:`named`."""
     return {k.removeprefix(f"{side}_"): x for k, x in state.items() if k.startswith(f"{side}_")}

@@ -169,6 +169,14 @@ def where(condition: Array, x: Array, y: Array) -> Array:
     return xp.where(xp.reshape(condition, shape), x, y)
 
 
+def nowhere(condition: Array) -> bool:
+    """Whether a condition is known to hold for no pair of a batch; a traced one is not known."""
+    try:
+        return not bool(namespace(condition).any(condition))
+    except TypeError:
+        return False
+
+
 def counter(factors: Pair) -> Array:
     """A step counter at zero, one for every pair of a batch."""
     xp = namespace(factors.up)
