@@ -1,6 +1,7 @@
 """Algebra of updates: every result against the dense float64 computation, and its error too."""
 
 import math
+import tracemalloc
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -818,6 +819,50 @@ def test_peft_intruders(keep):
     found = intruders(weight, delta, lr.truncated_svd(weight), tol=1e-6, rng=0)
     assert found.certain
     close(reduce_intruders(delta, found, keep=keep), expected, np.float32, 1e3)
+
+
+@pytest.mark.parametrize("shape", [(N, M), (400, 6), (6, 400), (5, 5), (1, 7), (7, 1)])
+@pytest.mark.parametrize("ranks", [(2, 2), (5, 5)])
+def test_shapes(shape, ranks):
+    """Tall, wide, tiny; ranks that exceed the sides together or alone."""
+    factors = pairs(ranks=ranks, shape=shape)
+    deltas, weights = updates(factors), [0.7, -0.4]
+    exact = naive_sum(dense(factors), weights)
+    for ours in (merge.cat, merge.svd):
+        close(ours(deltas, weights).value, exact, np.float64, 3e3)
+    one = resize(deltas[0], rank=1)
+    close(one, best(dense(factors)[0], 1), np.float64, 1e4)
+    rule = merge.magnitude_prune(1.0)
+    close(merge.knots(deltas, weights, rule=rule).value, exact, np.float64, 3e3)
+    full = merge.entrywise(deltas, weights, rule=rule, rank=min(shape)).value
+    close(full, exact, np.float64, 3e3)
+    close(subtract(*deltas), dense(factors)[0] - dense(factors)[1], np.float64, 3e3)
+    if min(shape) > 1:
+        each = min(min(shape) // 2, *ranks)
+        merged = merge.tsv(deltas, weights, rank=2 * each)
+        close(merged.value, naive_tsv(dense(factors), weights, each), np.float64, 3e4)
+
+
+def test_blocks_are_all_that_is_stored(monkeypatch):
+    """A merge by entries in a fraction of the memory of the dense matrix."""
+    monkeypatch.setattr("lowrank_sp.adapters.algebra.blocks._ENTRIES", 2**14)
+    m, n = 2000, 1500
+    deltas = updates(pairs(ranks=(2, 2), shape=(m, n)))
+    merge.entrywise(updates(pairs()), rule=merge.ties(0.5), rank=2)  # loads what loads late
+    tracemalloc.start()
+    merged = merge.entrywise(deltas, rule=merge.ties(0.5), rank=2, rng=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert merged.value.rank == 2
+    assert peak < m * n * 8 / 2
+
+
+def test_parameters_of_a_model():
+    b, a = (nn.Parameter(torch.asarray(x)) for x in pairs()[0])
+    f = resize(LowRank(b, a), rank=2)
+    assert not f.u.requires_grad
+    for ours in (merge.linear, merge.tsv, lambda d: merge.knots(d, rule=merge.dare(0.5), rng=0)):
+        assert not ours([LowRank(b, a)] * 2).value.factors()[0].requires_grad
 
 
 # -- what has an update --

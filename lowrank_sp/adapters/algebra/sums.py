@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from lowrank_sp._arrays import (
     Array,
     as_compute,
+    detached,
     dtype_name,
     frobenius,
     max_abs,
@@ -260,9 +261,11 @@ def factored(update: Any) -> Factored:
             f"{type(delta).__name__}: updates of this form do not add as factors; make a LowRank "
             "of it first, by to_lora or truncated_svd"
         )
+    if not isinstance(delta, SVD):
+        delta = LowRank(*(as_compute(detached(factor)) for factor in delta.factors()))
     if not all(math.isfinite(max_abs(factor)) for factor in delta.factors()):
         raise ValueError("the factors of an update must be finite, got NaN or infinite entries")
-    return delta if isinstance(delta, SVD) else LowRank(*map(as_compute, delta.factors()))
+    return delta
 
 
 def weighted_sum(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
