@@ -312,7 +312,7 @@ def _round(
     alike: Sequence[str] = ("rank", "scale"),
 ) -> tuple[list[Pair], list[float]]:
     """The clients in their compute dtype and their weights, checked."""
-    clients = pairs_of(adapters, "client")
+    clients = pairs_of(list(adapters), "client")
     check_alike(clients, "client", ("shape", *alike))
     for k, client in enumerate(clients):
         if not math.isfinite(max_abs(client.up) + max_abs(client.down)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,31 +64,47 @@ def pair_of(adapter: Any, name: str) -> Pair:
     return Pair(up, down, scale)
 
 
-def pairs_of(adapters: Iterable[Any], kind: str) -> list[Pair]:
-    """Pairs in their compute dtype, of one dtype and array library, at least one of them."""
-    given = [pair_of(adapter, f"{kind} {k}") for k, adapter in enumerate(adapters)]
-    if not given:
+def pairs_of(
+    adapters: Sequence[Any], kind: str, names: Sequence[Any] | None = None, *, widen: bool = True
+) -> list[Pair]:
+    """Pairs of one dtype and array library, at least one of them.
+
+    Parameters
+    ----------
+    adapters : sequence
+    kind, names
+        What an adapter is called in errors, such as ``client 2``; by default by its position.
+    widen : bool
+        Whether half precision becomes float32.
+    """
+    names = range(len(adapters)) if names is None else names
+    pairs = [pair_of(a, f"{kind} {name}") for a, name in zip(adapters, names, strict=True)]
+    if not pairs:
         raise ValueError(f"at least one {kind} is needed, got none")
-    namespace(*[factor for pair in given for factor in (pair.up, pair.down)])
-    pairs = [Pair(as_compute(pair.up), as_compute(pair.down), pair.scale) for pair in given]
+    namespace(*[factor for pair in pairs for factor in (pair.up, pair.down)])
+    if widen:
+        pairs = [Pair(as_compute(pair.up), as_compute(pair.down), pair.scale) for pair in pairs]
     dtype = pairs[0].up.dtype
-    for k, pair in enumerate(pairs):
-        if pair.up.dtype != dtype or pair.down.dtype != dtype:
-            other = pair.up.dtype if pair.up.dtype != dtype else pair.down.dtype
-            raise TypeError(
-                f"all factors must have one dtype, got {dtype_name(dtype)} and, of {kind} {k}, "
-                f"{dtype_name(other)}; cast them first"
-            )
+    for name, pair in zip(names, pairs, strict=True):
+        for factor in (pair.up, pair.down):
+            if factor.dtype != dtype:
+                raise TypeError(
+                    f"all factors must have one dtype, got {dtype_name(dtype)} and, of {kind} "
+                    f"{name}, {dtype_name(factor.dtype)}; cast them first"
+                )
     return pairs
 
 
-def check_alike(pairs: Sequence[Pair], kind: str, names: Sequence[str]) -> None:
-    """Raise where a pair differs from the first one in a property of ``names``."""
-    for name in names:
-        first = getattr(pairs[0], name)
-        for k, pair in enumerate(pairs):
-            if getattr(pair, name) != first:
+def check_alike(
+    pairs: Sequence[Pair], kind: str, properties: Sequence[str], names: Sequence[Any] | None = None
+) -> None:
+    """Raise where a pair differs from the first one in one of ``properties``."""
+    names = range(len(pairs)) if names is None else names
+    for what in properties:
+        first = getattr(pairs[0], what)
+        for name, pair in zip(names, pairs, strict=True):
+            if getattr(pair, what) != first:
                 raise ValueError(
-                    f"all {kind}s must have one {name}, got {first} and, of {kind} {k}, "
-                    f"{getattr(pair, name)}"
+                    f"all {kind}s must have one {what}, got {first} and, of {kind} {name}, "
+                    f"{getattr(pair, what)}"
                 )

@@ -1,5 +1,7 @@
 """Checkpoints on disk: read, initialized, verified and written without PyTorch."""
 
+from lowrank_sp.checkpoint.bank import read_bank as read_bank
+from lowrank_sp.checkpoint.bank import write_bank as write_bank
 from lowrank_sp.checkpoint.demo import run_demo as run_demo
 from lowrank_sp.checkpoint.demo import write_demo_model as write_demo_model
 from lowrank_sp.checkpoint.initialize import initialize as initialize

@@ -93,7 +93,7 @@ def joint_svd(
     >>> solution.value.rank, solution.value.error < 1e-12
     ((3, 6, 6), True)
     """
-    stack = _stacked(stack)
+    stack = stacked(stack)
     if is_array(stack):
         return tucker2(stack, rank=rank, init=init, rng=rng, stop=stop, callback=callback)
     count, *shape = stack.shape
@@ -183,7 +183,7 @@ def joint_diagonal(
     >>> (solution.value.matrix(2) - stack[2]).norm() < 1e-10
     True
     """
-    stack = _stacked(stack)
+    stack = stacked(stack)
     if is_array(stack):
         return cp_als(
             stack,
@@ -209,7 +209,7 @@ def joint_diagonal(
     )
 
 
-def _stacked(stack: Stack) -> Any:
+def stacked(stack: Stack) -> Any:
     """A stack as one array, or as one LowRank padded to the largest rank."""
     if is_array(stack) or isinstance(stack, Factored):
         if len(stack.shape) != 3:

@@ -1,0 +1,113 @@
+"""Banks of adapters from PEFT directories, and back: one directory per adapter, as engines load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank_sp._arrays import as_compute, dtype_name, to_host
+from lowrank_sp.adapters.pair import Pair
+from lowrank_sp.adapters.serving import AdapterBank
+from lowrank_sp.checkpoint.output import atomic_directory
+from lowrank_sp.checkpoint.peft import AdapterLayer, read_adapter, write_adapter
+from lowrank_sp.checkpoint.tensors import CheckpointError, read_object
+
+
+def read_bank(paths: Mapping[str, str | Path]) -> dict[str, AdapterBank]:
+    """Banks by module name, of the adapters in PEFT directories.
+
+    Parameters
+    ----------
+    paths : mapping from adapter name to directory
+
+    Returns
+    -------
+    dict from module name to AdapterBank
+        Every bank holds the adapters that have this module, under their names.
+
+    Raises
+    ------
+    CheckpointError
+        If a directory cannot be read, or if two adapters were made for different base models, or
+        for different shapes of a module, which are named.
+    """
+    if not paths:
+        raise CheckpointError("at least one adapter directory is needed, got none")
+    bases: dict[Any, str] = {}
+    layers: dict[str, dict[str, AdapterLayer]] = {}
+    for name, path in paths.items():
+        config = read_object(Path(path) / "adapter_config.json", "adapter config")
+        bases.setdefault(config.get("base_model_name_or_path"), name)
+        for module, layer in read_adapter(path).items():
+            layers.setdefault(module, {})[name] = layer
+    if len(bases) > 1:
+        (one, first), (other, second), *_ = bases.items()
+        raise CheckpointError(
+            f"adapters of one bank must have one base, got {one!r} of {first} and {other!r} of "
+            f"{second}"
+        )
+    banks = {}
+    for module, found in layers.items():
+        try:
+            banks[module] = AdapterBank.of(found)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{module}: {error}") from error
+    return banks
+
+
+def write_bank(
+    path: str | Path,
+    banks: Mapping[str, AdapterBank],
+    *,
+    base: str,
+    names: list[str] | None = None,
+    fan_in_fan_out: bool = False,
+) -> dict[str, Path]:
+    """Write every adapter of some banks as a PEFT directory of its own, under its name.
+
+    Parameters
+    ----------
+    path : str or Path
+        A directory that does not exist yet; it appears when all is written.
+    banks : mapping from module name to AdapterBank
+        An adapter gets the modules whose banks hold it. Quantized banks are decoded.
+    base : str
+        What the configurations name as the base model.
+    names : list of str, optional
+        Adapters to write; by default all.
+    fan_in_fan_out : bool
+        Whether the base stores its weights inputs by outputs.
+
+    Returns
+    -------
+    dict from adapter name to Path
+
+    Raises
+    ------
+    CheckpointError
+        If a name is in no bank or no plain name of a directory, or if ``path`` exists.
+    """
+    known = list(dict.fromkeys(name for bank in banks.values() for name in bank.names))
+    wanted = known if names is None else list(names)
+    for name in wanted:
+        if name not in known:
+            raise CheckpointError(f"no adapter {name!r} in the banks; they have {known[:5]}")
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise CheckpointError(f"{name!r} is no name of a directory; rename the adapter")
+    with atomic_directory(path) as folder:
+        for name in wanted:
+            layers = {
+                module: _on_disk(bank[name]) for module, bank in banks.items() if name in bank.names
+            }
+            (folder / name).mkdir()
+            write_adapter(folder / name, layers, base=base, fan_in_fan_out=fan_in_fan_out)
+    return {name: Path(path) / name for name in wanted}
+
+
+def _on_disk(pair: Pair) -> AdapterLayer:
+    # NumPy has no bfloat16.
+    up, down = (
+        as_compute(f) if dtype_name(f.dtype) == "bfloat16" else f for f in (pair.up, pair.down)
+    )
+    return AdapterLayer(to_host(up), to_host(down), pair.scale)
