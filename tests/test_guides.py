@@ -8,7 +8,9 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["train.md", "updates.md", "sensing.md", "merging.md"])
+@pytest.mark.parametrize(
+    "page", ["train.md", "updates.md", "sensing.md", "initializers.md", "merging.md"]
+)
 def test_code_of(page, tmp_path, monkeypatch):
     blocks = re.findall(
         r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE

@@ -104,9 +104,8 @@ def mica(
     """
     del rng
     _, n, scale, dtype = checked(weight, rank, alpha, dtype)
-    f = minor_svd(weight, rank)
-    up = namespace(weight).astype(f.u, dtype)
-    return Initialization(up, zeros((rank, n), up), scale, weight, f)
+    up = namespace(weight).astype(minor_svd(weight, rank).u, dtype)
+    return Initialization(up, zeros((rank, n), up), scale, weight)
 
 
 def kasa(
