@@ -48,8 +48,7 @@ class Trim:
 
         def trim(start: int, block: Array) -> Array:
             del start
-            xp = namespace(block)
-            return xp.where(abs(block) >= threshold, block, xp.zeros_like(block))
+            return block * namespace(block).astype(abs(block) >= threshold, block.dtype)
 
         return trim
 
@@ -73,7 +72,7 @@ class Drop:
 
         def drop(start: int, block: Array) -> Array:
             draw = np.random.default_rng((seed, start)).random(block.shape, dtype=np.float32)
-            return block * from_host((draw < self.density) / self.density, block)
+            return block * from_host(draw < self.density, block) / self.density
 
         return drop
 
@@ -191,14 +190,15 @@ def total(terms: Sequence[Array]) -> Array:
 def elected_mean(terms: Sequence[Array]) -> Array:
     """Entry by entry, the mean of the terms that have the sign of their sum; zero for none."""
     xp = namespace(*terms)
-    positive = total(terms) >= 0
-    kept, count = [], []
+    # Products instead of xp.where, whose branches on random signs cost five times as much.
+    sign = 1 - 2 * xp.astype(total(terms) < 0, terms[0].dtype)
+    zero, one = xp.zeros_like(sign), xp.ones_like(sign)
+    kept = count = zero
     for term in terms:
-        agrees = xp.where(positive, term, -term) > 0
-        kept.append(xp.where(agrees, term, xp.zeros_like(term)))
-        count.append(xp.astype(agrees, term.dtype))
-    number = total(count)
-    return total(kept) / xp.where(number > 1, number, xp.ones_like(number))
+        turned = term * sign
+        kept = kept + xp.maximum(turned, zero)
+        count = count + xp.astype(turned > 0, sign.dtype)
+    return sign * kept / xp.maximum(count, one)
 
 
 def _check_density(density: float) -> None:
