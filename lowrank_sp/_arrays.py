@@ -145,8 +145,14 @@ def scalar(factor: Any, dtype: Any) -> float | complex:
 
 
 def detached(a: Array) -> Array:
-    """``a`` without a record of how it was computed, which only PyTorch keeps."""
-    return a.detach() if compat.is_torch_array(a) else a
+    """``a`` as a constant, for libraries that differentiate: PyTorch and JAX."""
+    if compat.is_torch_array(a):
+        return a.detach()
+    if compat.is_jax_array(a):
+        from jax import lax
+
+        return lax.stop_gradient(a)
+    return a
 
 
 def to_host(a: Array) -> np.ndarray:
@@ -188,6 +194,28 @@ def from_host(x: np.ndarray, like: Array, dtype: Any = None) -> Array:
     # Cast before the transfer: some devices have no float64.
     x = np.ascontiguousarray(x.astype(dtype_name(dtype), copy=False))
     return xp.asarray(x, dtype=dtype, device=device(like), copy=True)
+
+
+def placed(values: Array, places: Array, size: int) -> Array:
+    """A vector of ``size`` entries that has ``values`` at sorted, distinct ``places``, else zeros.
+
+    The standard has no scatter. Libraries that are not known to have one look every place up.
+    """
+    xp = namespace(values)
+    if compat.is_torch_array(values):
+        return values.new_zeros(size).index_put((places,), values)
+    zeros = xp.zeros(size, dtype=values.dtype, device=device(values))
+    if compat.is_jax_array(values):
+        return zeros.at[places].set(values)
+    if isinstance(values, np.ndarray) or compat.is_cupy_array(values):
+        zeros[places] = values
+        return zeros
+    if places.shape[0] == 0:
+        return zeros
+    every = xp.arange(size, dtype=places.dtype, device=device(values))
+    found = xp.searchsorted(places, every)
+    found = xp.where(found < places.shape[0], found, xp.zeros_like(found))
+    return xp.where(xp.take(places, found) == every, xp.take(values, found), zeros)
 
 
 def inner(x: Array, y: Array) -> Array:

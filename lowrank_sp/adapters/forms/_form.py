@@ -12,7 +12,7 @@ from lowrank_sp.adapters.algebra.sums import resize
 from lowrank_sp.adapters.forms._draws import Like, factor_scale, kaiming_uniform, zeros
 from lowrank_sp.adapters.forms._parts import Fixed, Parts, Trained
 from lowrank_sp.factors import Factored, LowRank
-from lowrank_sp.linalg.svd import truncated_svd
+from lowrank_sp.linalg.svd import minor_svd, truncated_svd
 from lowrank_sp.operators import LinearOperator
 
 #: What the update of a weight may be: factored, known by its products, or dense.
@@ -56,11 +56,15 @@ class Form(Parts, ABC):
 
     def merge(self, weight: Array) -> Array:
         """``weight + delta``, by blocks of rows, rounded once to the dtype of ``weight``."""
-        return _plus(weight, self.delta(), 1.0)
+        return _plus(weight, self.shape, self._rows(), 1.0)
 
     def unmerge(self, merged: Array) -> Array:
         """``merged - delta``: the weight again, to the rounding of its dtype."""
-        return _plus(merged, self.delta(), -1.0)
+        return _plus(merged, self.shape, self._rows(), -1.0)
+
+    def _rows(self) -> Callable[[slice], Array]:
+        """How to get some rows of the update, to merge it by blocks."""
+        return _rows(self.delta())
 
     def to_lora(self, rank: int | None = None, *, tol: float | None = None) -> Conversion:
         """Plain LoRA with the same update, or with the best one of lower rank.
@@ -151,6 +155,15 @@ class FixedUp(Product):
 
     up: Fixed[Array, "m r"]
 
+    @classmethod
+    def create(
+        cls, weight: Like, rank: int, *, alpha: float | None = None, rng: RNG = None
+    ) -> Self:
+        """MiCA :cite:p:`rudiger2026mica`: ``up`` the minor left singular vectors, ``down`` zero."""
+        del rng
+        (_, n), like, scale = factor_scale(check_weight(weight, cls.__name__), rank, alpha)
+        return cls(minor_svd(weight, rank).u, zeros((rank, n), like), scale)
+
 
 @dataclass(frozen=True, repr=False)
 class FixedDown(Product):
@@ -163,6 +176,13 @@ class Conversion(NamedTuple):
     """Plain LoRA made of another form, and the Frobenius norm of the difference."""
 
     form: Product
+    error: float
+
+
+class Fit(NamedTuple):
+    """A form made of given updates, and the Frobenius norm of what it leaves out of all of them."""
+
+    form: Any
     error: float
 
 
@@ -210,16 +230,16 @@ class LayeredForm(Parts, ABC):
             raise ValueError(f"{self.num_layers} weights are needed, got {len(weights)}")
 
 
-def _plus(weight: Array, delta: Delta, sign: float) -> Array:
-    """``weight + sign * delta``, by blocks of rows, rounded once."""
-    if tuple(weight.shape) != tuple(delta.shape):
+def _plus(
+    weight: Array, shape: tuple[int, int], update: Callable[[slice], Array], sign: float
+) -> Array:
+    """``weight`` plus ``sign`` times an update, by blocks of its rows, rounded once."""
+    if tuple(weight.shape) != shape:
         raise ValueError(
-            f"weight must have the shape of the update, {tuple(delta.shape)}, "
-            f"got {tuple(weight.shape)}"
+            f"weight must have the shape of the update, {shape}, got {tuple(weight.shape)}"
         )
     xp = namespace(weight)
     wide = as_compute(weight[:0, :]).dtype
-    update = _rows(delta)
 
     def part(rows: slice) -> Array:
         block = as_compute(weight[rows, :]) + xp.astype(update(rows), wide) * sign

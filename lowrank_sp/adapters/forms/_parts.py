@@ -32,7 +32,9 @@ class _Role:
 
 
 if TYPE_CHECKING:
-    Trained = Fixed = Weight = Annotated
+    from typing import Annotated as Fixed
+    from typing import Annotated as Trained
+    from typing import Annotated as Weight
 else:
 
     class Trained(_Role):
