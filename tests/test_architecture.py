@@ -28,7 +28,7 @@ FLOORS = [
     ["tensors", "updates"],
     ["inverse"],
     ["adapters", "estimators", "plot"],
-    ["checkpoint", "torch"],
+    ["checkpoint", "jax", "torch"],
     ["cli"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -46,7 +46,7 @@ HEAVY = {
     "typer",
 }
 #: What a room may load when it is imported.
-ALLOWED = {"cli": {"typer", "rich"}, "torch": {"torch"}, "_fused": {"numba"}}
+ALLOWED = {"cli": {"typer", "rich"}, "torch": {"torch"}, "jax": {"jax"}, "_fused": {"numba"}}
 ALLOWED["lowrank_sp.inverse._compiled"] = {"numba"}
 ALLOWED["estimators"] = {"sklearn"}
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lowrank_sp.torch.modules import Arrays
+
 #: Variants of PEFT's layers whose update is ``scale * up @ down``, whatever they add to it.
 _PLAIN_VARIANTS = ("ALora", "Dora", "MiCA", "_DoraConvNd")
 
@@ -80,12 +82,13 @@ class ParameterPair:
 
 
 def lora_pairs(model: nn.Module) -> list[ParameterPair]:
-    """Trainable factor pairs of a model: of PEFT's LoRA layers, and of modules of one's own.
+    """Trainable factor pairs of a model: of PEFT's LoRA layers, attached forms, and own modules.
 
     Layers are recognized by their type, never by the names of their parameters: PEFT's LoRA layers
     on linear maps (GPT-2's transposed ones too), embeddings, convolutions and attention, with all
-    their adapters that require a gradient, and any module with parameters ``up`` and ``down`` and
-    a number ``scale``. Scales are read off the layers as they are now, so that
+    their adapters that require a gradient, the products in forms that
+    :func:`~lowrank_sp.torch.attaching.attach` put there, and any module with parameters ``up`` and
+    ``down`` and a number ``scale``. Scales are read off the layers as they are now, so that
     rank-stabilized scaling and the patterns of ranks and alphas are respected.
 
     Wrap or shard the model first: the pairs refer to its parameters as they are.
@@ -135,6 +138,14 @@ def _pairs_of(name: str, module: nn.Module) -> Iterator[ParameterPair]:
     if peft is not None and isinstance(module, peft.tuners.lora.LoraLayer):
         yield from _pairs_of_peft(name, module)
         return
+    if isinstance(module, Arrays):
+        products = list(module.products())
+        place = name.removesuffix(".adapter")
+        for first, up, down, scale in products:
+            if _trainable(up, down):
+                full_name = place if len(products) == 1 else f"{place}.{first}"
+                yield ParameterPair(full_name, up, down, scale)
+        return
     up: Any = getattr(module, "up", None)
     down: Any = getattr(module, "down", None)
     scale = getattr(module, "scale", None)
@@ -149,12 +160,12 @@ def _pairs_of_peft(name: str, layer: Any) -> Iterator[ParameterPair]:
         up, down = (getattr(factor, "weight", factor) for factor in pair)
         if _trainable(up, down):
             full_name = f"{name}.{adapter}"
-            if kind := _unlike_a_product(layer, adapter):
+            if kind := unlike_a_product(layer, adapter):
                 raise ValueError(f"{full_name} is {kind}, not a product of two factors; freeze it")
             yield ParameterPair(full_name, up, down, float(layer.scaling[adapter]))
 
 
-def _unlike_a_product(layer: Any, adapter: str) -> str | None:
+def unlike_a_product(layer: Any, adapter: str) -> str | None:
     """What an adapter of PEFT's is, when it is not ``up @ down``."""
     peft: Any = sys.modules["peft"]
     variant = getattr(layer, "lora_variant", {}).get(adapter)
