@@ -1,14 +1,14 @@
 """Bridges to PyTorch: factor pairs of models, and an optimizer that runs any update rule."""
 
-from lowrank_sp.torch.attaching import attach as attach
-from lowrank_sp.torch.attaching import attach_forms as attach_forms
-from lowrank_sp.torch.attaching import attach_shared as attach_shared
 from lowrank_sp.torch.attached import detach as detach
 from lowrank_sp.torch.attached import forms_of as forms_of
 from lowrank_sp.torch.attached import layered_forms_of as layered_forms_of
 from lowrank_sp.torch.attached import load_state_ as load_state_
 from lowrank_sp.torch.attached import merge_ as merge_
 from lowrank_sp.torch.attached import state as state
+from lowrank_sp.torch.attaching import attach as attach
+from lowrank_sp.torch.attaching import attach_forms as attach_forms
+from lowrank_sp.torch.attaching import attach_shared as attach_shared
 from lowrank_sp.torch.collect import collect_gradients as collect_gradients
 from lowrank_sp.torch.collect import collect_inputs as collect_inputs
 from lowrank_sp.torch.initialize import initialize_ as initialize_
