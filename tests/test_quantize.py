@@ -121,6 +121,14 @@ def test_integers_are_what_a_loop_says(bits):
         )
 
 
+def test_a_short_block_has_a_range_of_its_own():
+    a = 5.0 + gaussian(3, 7)
+    q = int_affine(a, 8, block=5)
+    for i, b, part in blocks_of(a, 5):
+        assert q.offsets[i, b] == a[i, part].min()
+        assert q.scales[i, b] == a[i, part].max() - a[i, part].min()
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @every
 def test_error_is_within_half_a_step(name, dtype):

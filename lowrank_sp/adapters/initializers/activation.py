@@ -114,8 +114,13 @@ def weighted(
            [ 0., -0.]]), 3.0)
     """
     _, _, scale, dtype = checked(weight, rank, alpha, dtype)
-    _check_second_moment(weight, rank, second_moment)
-    approximation, error = weighted_low_rank(weight, rank, covariance=second_moment, rng=rng)
+    c = _checked_moment(weight, second_moment)
+    xp = namespace(c)
+    values, vectors = xp.linalg.eigh(c)
+    kept = _rank_of(values, rank, second_moment)
+    # A root of the moment, as a few inputs that have it.
+    root = vectors[:, -kept:] * xp.astype(values[-kept:], vectors.dtype) ** 0.5
+    approximation, error = weighted_low_rank(weight, rank, inputs=kept**0.5 * root.mT, rng=rng)
     up, down = divided(balance(*approximation.factors()), scale, dtype)
     return compensated(weight, up, down, scale, error=error)
 
@@ -183,7 +188,7 @@ def corda_kpm(
 
 def _damped_image(weight: Array, rank: int, c: Array, damping: float) -> Array:
     """``W C_d``."""
-    _check_second_moment(weight, rank, c)
+    _rank_of(namespace(c).linalg.eigvalsh(_checked_moment(weight, c)), rank, c)
     if not 0 < damping < math.inf:
         raise ValueError(f"damping must be positive and finite, got {damping}")
     wide = as_compute(weight)
@@ -205,7 +210,8 @@ def _oriented(weight: Array, f: SVD, scale: float, dtype: Any) -> Initialization
     return compensated(weight, xp.astype(up, dtype), xp.astype(down, dtype), scale, f)
 
 
-def _check_second_moment(weight: Array, rank: int, c: Array) -> None:
+def _checked_moment(weight: Array, c: Array) -> Array:
+    """The second moment in double precision, finite and Hermitian."""
     n = weight.shape[1]
     xp = namespace(weight, c)
     if tuple(c.shape) != (n, n):
@@ -216,9 +222,14 @@ def _check_second_moment(weight: Array, rank: int, c: Array) -> None:
         raise ValueError("second_moment must be finite, got NaN or infinite entries")
     if max_abs(c - adjoint(c)) > 1e3 * eps(c.dtype) * largest:
         raise ValueError("second_moment must be Hermitian; symmetrize it as (C + C^H) / 2")
-    values = xp.linalg.eigvalsh(xp.astype(c, wide_dtype(xp, c.dtype)))
-    floor = n * eps(c.dtype) * float(values[-1])
-    if float(values[0]) < -100 * abs(floor):
+    return xp.astype(c, wide_dtype(xp, c.dtype))
+
+
+def _rank_of(values: Array, rank: int, c: Array) -> int:
+    """How many eigenvalues of ``c`` are above rounding: at least ``rank``."""
+    xp = namespace(values)
+    floor = c.shape[0] * eps(as_compute(c[:1, :]).dtype) * float(xp.max(abs(values)))
+    if float(values[0]) < -100 * floor:
         raise ValueError(
             f"second_moment must be positive semidefinite, got eigenvalue {float(values[0]):.3g}"
         )
@@ -228,3 +239,4 @@ def _check_second_moment(weight: Array, rank: int, c: Array) -> None:
             f"too few samples: second_moment has rank {found}, less than the rank {rank} "
             "asked for; feed more inputs, or ask for a smaller rank"
         )
+    return found
