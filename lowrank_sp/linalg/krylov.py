@@ -128,22 +128,9 @@ class _Search:
 
 @dataclass(frozen=True)
 class Krylov:
-    """What :func:`block_krylov` found.
-
-    Attributes
-    ----------
-    svd : SVD
-    beyond : float
-        The Ritz value behind those of ``svd``, which the next singular value is no less than; 0
-        where there is none.
-    converged : bool
-        Whether ``svd`` has met the tolerance.
-    reads, columns : int
-        Reads of the matrix, and the dimension of the space.
-    """
+    """What :func:`block_krylov` found: the SVD, whether it met its tolerance, and its cost."""
 
     svd: SVD
-    beyond: float
     converged: bool
     reads: int
     columns: int
@@ -198,7 +185,7 @@ def block_krylov(
     width = min(width or a.block_columns, m, n)
     given = 0 if init is None else init.shape[1]
     basis, scaled, factor = start(a, max(1, width - given), rng)
-    if init is not None:
+    if init is not None and basis.size > 0:
         basis = _beside(init, basis, width)
     search = _Search(
         scaled,
@@ -237,9 +224,7 @@ def block_krylov(
         found = found._replace(converged=False)
     found = found._replace(bounds=found.bounds + displaced)
     svd = _finish(found, k, factor, 2 * search.unit, rng)
-    values, _ = ritz(basis.gram)
-    beyond = float(values[k]) ** 0.5 / factor if k < len(values) else 0.0
-    return Krylov(svd, beyond, found.converged, basis.reads, basis.columns)
+    return Krylov(svd, found.converged, basis.reads, basis.columns)
 
 
 def fixed_reads(a: LinearOperator, rank: int, *, width: int, reads: int, rng: RNG) -> SVD:

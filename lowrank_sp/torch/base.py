@@ -140,22 +140,21 @@ class BatchedOptimizer(torch.optim.Optimizer, ABC, Generic[AnyItem]):
     def _check_shapes(self, states: dict[nn.Parameter, dict[str, Tensor] | None]) -> None:
         for item in chain.from_iterable(self._items):
             state = states.get(item.factors[0])
-            blank = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in item.factors]
-            expected = {} if state is None else self.rule.init(*(p.flatten(1) for p in blank))
-            for name, x in expected.items():
-                found = None if name not in state else tuple(state[name].shape)
+            if state is None:
+                continue
+            blank = (torch.empty(p.shape, dtype=p.dtype, device="meta") for p in item.factors)
+            for name, x in self.rule.init(*(p.flatten(1) for p in blank)).items():
+                found = tuple(state[name].shape) if name in state else "none"
                 if found != tuple(x.shape):
-                    got = "none" if found is None else f"one of shape {found}"
                     raise ValueError(
                         f"the state must have {name} of shape {tuple(x.shape)} for {item.name}, "
-                        f"got {got}; load the state that was saved with this model and rule"
+                        f"got {found}; load the state that was saved with this model and rule"
                     )
-        for p in chain.from_iterable(group["params"] for group in self.param_groups):
-            found = (states.get(p) or {}).get("exp_avg", p).shape
-            if found != p.shape:
+        for p, state in states.items():
+            if state is not None and state.get("exp_avg", p).shape != p.shape:
                 raise ValueError(
-                    f"the state must have moments of shape {tuple(p.shape)}, got "
-                    f"{tuple(found)}; load the state that was saved with this model"
+                    f"the state must have exp_avg of shape {tuple(p.shape)}, got "
+                    f"{tuple(state['exp_avg'].shape)}; load the state of this model"
                 )
 
     def _check(self, item: AnyItem, known: dict[nn.Parameter, AnyItem]) -> None:

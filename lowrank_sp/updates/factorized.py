@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, adjoint, as_compute, device, from_host, namespace
+from lowrank_sp.updates.frames import left_times, times
 from lowrank_sp.updates.moments import Adam, Moments, init_pair, turn_pair
 from lowrank_sp.updates.rule import (
     Gauge,
@@ -22,7 +23,7 @@ from lowrank_sp.updates.rule import (
     where,
 )
 from lowrank_sp.updates.slots import descend
-from lowrank_sp.updates.tangent import Tangent, point, project_gradient, retract
+from lowrank_sp.updates.tangent import Point, Tangent, point, retract
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class LORO(Rule):
     Every ``period`` steps the factors take an exact step: with the directions of the moments in the
     place of factor gradients, the tangent vector ``X`` at ``W = up down`` is formed and
 
-    .. math:: W \leftarrow H_r(W - \eta X), \qquad X = P_B D + D P_A - P_B D P_A,
+    .. math:: W \leftarrow H_r(W - \eta X), \qquad X = P_B G + G P_A - P_B G P_A,
 
-    where ``H_r`` is the best approximation of rank ``r``; without moments ``D`` is the gradient.
-    The new factors are balanced, and the moments begin anew. All steps between are plain steps of
-    both factors.
+    where ``H_r`` is the best approximation of rank ``r``. Adam's directions of both factors are of
+    no common ``G``: ``up`` gives what of ``X`` is in the rows of ``A``, ``down`` what is in the
+    columns of ``B``, and the part in both is their mean. The new factors are balanced, and the
+    moments begin anew. All steps between are plain steps of both factors.
 
     Parameters
     ----------
@@ -107,8 +109,7 @@ class LORO(Rule):
         if nowhere(exact):
             return new, {"since": since, **history}
         at = point(factors)
-        tangent = project_gradient(at, directions, scale)
-        step = Tangent(*(lr / scale * part for part in tangent))
+        step = Tangent(*(lr / scale * part for part in _tangent(at, directions, scale)))
         there = _balanced(retract(at, step, 1 - lr * self.weight_decay))
         fresh = init_pair(self.moments, factors)
         new = Pair(*(where(exact, x, y) for x, y in zip(there, new, strict=True)))
@@ -120,6 +121,15 @@ class LORO(Rule):
     def _lazy(self, factors: Pair) -> float:
         r = factors.down.shape[-2]
         return (r / factors.up.shape[-2] + r / factors.down.shape[-1]) / 2
+
+
+def _tangent(at: Point, directions: Pair, scale: Scalar) -> Tangent:
+    """The tangent vector nearest to directions of both factors, which may be of no gradient."""
+    g_down = times(directions.up, at.of_down.inverse / scale)
+    up_g = left_times(adjoint(at.of_up.inverse / scale), directions.down)
+    inside, also_inside = adjoint(at.q_up) @ g_down, up_g @ at.q_down
+    core = (inside + also_inside) / 2
+    return Tangent(core, g_down - at.q_up @ inside, up_g - also_inside @ adjoint(at.q_down))
 
 
 def _balanced(factors: Pair) -> Pair:

@@ -155,9 +155,11 @@ class ProjectedRule(ABC):
         (array, dict of arrays)
             New weight in the dtype of the old one, and new state.
         """
+        w = as_compute(weight)
         if not nowhere(self.due(state)):
-            weight, state = self.renew(weight, self.choose(grad, state), state)
-        return self.move(weight, grad, state, lr=lr)
+            w, state = self.renew(w, self.choose(grad, state), state)
+        w, state = self.move(w, grad, state, lr=lr)
+        return rounded(w, weight), state
 
     def due(self, state: State) -> Array:
         """Whether the subspace is to be renewed before the next step, shape (...)."""

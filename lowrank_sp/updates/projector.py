@@ -22,7 +22,7 @@ from lowrank_sp._arrays import (
 from lowrank_sp.factors import check_rank
 from lowrank_sp.gauge import fix_signs
 from lowrank_sp.linalg.krylov import block_krylov
-from lowrank_sp.operators import as_operator
+from lowrank_sp.operators import LinearOperator, as_operator
 from lowrank_sp.updates.rule import State, over
 
 #: Random columns beyond the rank.
@@ -95,7 +95,8 @@ def leading_subspace(
     -----
     ``4 m n r`` flops a read, by :func:`~lowrank_sp.linalg.krylov.block_krylov`, which certifies the
     residuals. From a subspace that is right already it takes two or three. The angle is bounded
-    after Davis and Kahan: residuals of ``A A^H`` over gaps of the squared singular values.
+    after Davis and Kahan: residuals of ``A A^H`` over gaps of the squared singular values. The next
+    singular value, behind the gap, is found from above in what the subspace leaves of ``A``.
 
     Examples
     --------
@@ -117,19 +118,20 @@ def leading_subspace(
         found = leading_subspace(host, rank, init=first, tol=tol, max_reads=max_reads, rng=rng)
         xp = namespace(a)
         return found._replace(basis=xp.asarray(found.basis, device=device(a), copy=True))
-    operator = as_operator(a)
-    m, n = operator.shape
+    operator = as_operator(a).mH
+    n, m = operator.shape
     rank = check_rank(rank, min(m, n), (m, n))
     generator = np.random.default_rng(rng)
-    most, reads, residual = min(m, n), 0, 2 * _NO_GAP * tol
+    width, reads = min(m, n, rank + _OVERSAMPLING), 0
+    residual, beyond = 2 * _NO_GAP * tol, None
     while True:
         found = block_krylov(
-            operator.mH,
+            operator,
             lambda _: rank,
             tol=residual,
             rng=generator,
             init=init,
-            width=min(most, rank + _OVERSAMPLING),
+            width=width,
             max_reads=max_reads - reads,
         )
         reads += found.reads
@@ -137,14 +139,30 @@ def leading_subspace(
         if s[0] == 0.0:
             kept = 0 * adjoint(found.svd.vh) if init is None else init
             return Subspace(kept, 1.0, reads, True)
-        # Davis and Kahan, vector by vector: ||(A A^H - s_i^2) v_i|| <= s_i b_i, over its gap.
-        gaps = s**2 - found.beyond**2
-        determined = gaps[-1] > _NO_GAP * s[-1] ** 2
-        angle = float(np.linalg.norm(s * bounds / gaps)) if determined else 1.0
         init, _ = fix_signs(adjoint(found.svd.vh), found.svd.vh)
-        if angle <= tol or not determined or not found.converged or reads + 2 >= max_reads:
-            return Subspace(init, min(1.0, angle), reads, False)
+        if beyond is None:
+            beyond = _largest(operator - found.svd, generator) if rank < min(m, n) else 0.0
+        angle = _sine(s, bounds, beyond)
+        if angle <= tol or angle == 1.0 or not found.converged or reads + 2 >= max_reads:
+            return Subspace(init, angle, reads, False)
         residual *= tol / (2 * angle)
+
+
+def _largest(a: LinearOperator, rng: np.random.Generator) -> float:
+    """A singular value from above, to a few percent."""
+    found = block_krylov(a, lambda _: 1, tol=_NO_GAP, rng=rng, width=_OVERSAMPLING, max_reads=8).svd
+    return float(found.s[0]) + float(found.bounds[0])
+
+
+def _sine(s: np.ndarray, bounds: np.ndarray, beyond: float) -> float:
+    """Sine of the largest angle, if the next singular value is ``beyond``; 1 without a gap.
+
+    Davis and Kahan, vector by vector: ``||(A A^H - s_i^2) v_i|| <= s_i b_i``, over its gap.
+    """
+    gaps = s**2 - beyond**2
+    if gaps[-1] <= _NO_GAP * s[-1] ** 2:
+        return 1.0
+    return min(1.0, float(np.linalg.norm(s * bounds / gaps)))
 
 
 def sketch(like: Array, rank: int, *, rng: RNG) -> Array:
