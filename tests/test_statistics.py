@@ -5,6 +5,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from cases import gaussian
 from safetensors.numpy import load_file, save_file
 
@@ -129,6 +130,19 @@ def test_statistics_are_values():
     before.mean.flags.writeable = False
     before.update(samples(seed=1))
     assert np.array_equal(before.mean, kept)
+
+
+def test_tensors_of_a_training_loop_may_be_overwritten():
+    x = torch.asarray(samples()).requires_grad_()
+    gradient = torch.asarray(gaussian(3, N))
+    expected = gradient.clone()
+    statistics = SecondMoment.of(x), InputPCA.of(x, 3, rng=0), MeanGradient.of(gradient)
+    assert not any(a.requires_grad for s in statistics for a in s.arrays().values())
+    gradient.zero_()
+    assert torch.equal(statistics[2].mean, expected)
+    later = statistics[2].update(torch.full_like(expected, 2.0))
+    assert torch.allclose(later.mean, (expected + 2.0) / 2)
+    assert not torch.equal(later.mean, expected)
 
 
 # -- principal directions --

@@ -18,6 +18,7 @@ from lowrank_sp._arrays import (
     Array,
     adjoint,
     as_compute,
+    detached,
     device,
     frobenius,
     inner,
@@ -117,17 +118,23 @@ class MeanGradient(_Mean):
     @classmethod
     def of(cls, gradient: Array, count: int = 1) -> MeanGradient:
         """The gradient of one batch, itself a mean over ``count`` samples."""
+        first = cls._seen(gradient, count)
+        # Frameworks write the next gradient where the last one was.
+        return cls(namespace(first.mean).asarray(first.mean, copy=True), count)
+
+    def update(self, gradient: Array, count: int = 1) -> MeanGradient:
+        """The statistic after one more batch."""
+        return self + self._seen(gradient, count)
+
+    @classmethod
+    def _seen(cls, gradient: Array, count: int) -> MeanGradient:
         if gradient.ndim != 2:
             raise ValueError(f"a gradient must be a matrix, got shape {tuple(gradient.shape)}")
         if not math.isfinite(max_abs(gradient)):
             raise ValueError(
                 "a gradient must be finite, got NaN or infinite entries; skip that batch"
             )
-        return cls(as_compute(gradient), count)
-
-    def update(self, gradient: Array, count: int = 1) -> MeanGradient:
-        """The statistic after one more batch."""
-        return self + MeanGradient.of(gradient, count)
+        return cls(as_compute(detached(gradient)), count)
 
 
 @dataclass(frozen=True)
@@ -328,6 +335,7 @@ class _Layer(Mapping[str, Any]):
 
 def _samples(x: Array) -> Array:
     """A batch as a matrix of samples in rows, finite and not empty."""
+    x = detached(x)
     xp = namespace(x)
     rows = xp.reshape(x, (-1, x.shape[-1]))
     if rows.shape[0] == 0:
