@@ -4,6 +4,7 @@ import numpy as np
 from form_cases import SHAPE, Case
 
 from lowrank_sp.adapters import forms
+from lowrank_sp.updates import random_support
 
 M, N = SHAPE
 R = 3
@@ -42,8 +43,8 @@ def shifted(a, weight):
 def sparse(a, _):
     size = a["u"].shape[1]
     core = np.zeros((size, size))
-    for i, j, value in zip(a["rows"], a["columns"], a["values"], strict=True):
-        core[i, j] += value
+    for place, value in zip(a["places"], a["values"], strict=True):
+        core[divmod(int(place), size)] = value
     return (a["u"] @ core @ a["vh"]) / (1.0 + np.exp(-a["gate"]))
 
 
@@ -169,7 +170,9 @@ CASES = [
     ),
     Case(
         "sparse core, banded",
-        lambda w, rng: forms.SparseCore.create(w, forms.Support.banded(K, 2), rng=rng),
+        lambda w, rng: forms.SparseCore.create(
+            w, places=forms.banded_places(K, 2, like=w), rng=rng
+        ),
         sparse,
         num_trainable=K * 5 - 6 + 1,
         rank=K,
@@ -178,7 +181,9 @@ CASES = [
     ),
     Case(
         "sparse core, random",
-        lambda w, rng: forms.SparseCore.create(w, forms.Support.random(5, 9, rng=0), 5, rng=rng),
+        lambda w, rng: forms.SparseCore.create(
+            w, 5, places=random_support((5, 5), 9 / 25, like=w, rng=0), rng=rng
+        ),
         sparse,
         num_trainable=9 + 1,
         rank=5,
