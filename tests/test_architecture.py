@@ -140,7 +140,8 @@ def exported():
     bridge = importlib.import_module("lowrank_sp.torch")
     solvers = (inverse, inverse.completion, inverse.sensing, inverse.synthetic, updates)
     algebra = (adapters.algebra, adapters.algebra.merge)
-    for module in (lowrank_sp, linalg, operators, tensors, adapters, *algebra, bridge, *solvers):
+    many = (*algebra, adapters.federated, adapters.serving)
+    for module in (lowrank_sp, linalg, operators, tensors, adapters, *many, bridge, *solvers):
         for name, thing in vars(module).items():
             if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
                 yield pytest.param(thing, id=f"{module.__name__}.{name}")

@@ -9,7 +9,16 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.mark.parametrize(
-    "page", ["train.md", "updates.md", "sensing.md", "initializers.md", "merging.md"]
+    "page",
+    [
+        "train.md",
+        "updates.md",
+        "sensing.md",
+        "initializers.md",
+        "merging.md",
+        "federated.md",
+        "serving.md",
+    ],
 )
 def test_code_of(page, tmp_path, monkeypatch):
     blocks = re.findall(

@@ -1,6 +1,8 @@
 """The LoRA side: initializers of adapter factors."""
 
 from lowrank_sp.adapters import algebra as algebra
+from lowrank_sp.adapters import federated as federated
+from lowrank_sp.adapters import serving as serving
 from lowrank_sp.adapters.initializers import CALIBRATED as CALIBRATED
 from lowrank_sp.adapters.initializers import INITIALIZERS as INITIALIZERS
 from lowrank_sp.adapters.initializers import Allocation as Allocation
@@ -29,6 +31,7 @@ from lowrank_sp.adapters.initializers import orthogonal as orthogonal
 from lowrank_sp.adapters.initializers import pissa as pissa
 from lowrank_sp.adapters.initializers import qpissa as qpissa
 from lowrank_sp.adapters.initializers import weighted as weighted
+from lowrank_sp.adapters.pair import Pair as Pair
 from lowrank_sp.adapters.quantize import Quantized as Quantized
 from lowrank_sp.adapters.quantize import double as double
 from lowrank_sp.adapters.quantize import fp8_e4m3 as fp8_e4m3

@@ -95,7 +95,7 @@ def fedit(adapters: Sequence[Any], weights: Sequence[float] | None = None) -> Ag
     >>> one, two = np.eye(2)[:, :1], np.eye(2)[:, 1:]
     >>> a = fedit([Pair(one, one.T), Pair(two, two.T)])
     >>> a.adapter.up[:, 0], a.error
-    (array([0.5, 0.5]), 0.7071067811865475)
+    (array([0.5, 0.5]), 0.5)
     """
     clients, p = _round(adapters, weights)
     mean = _mean(clients, p)

@@ -177,9 +177,10 @@ class FactoredStack(Source):
     norm: float
 
     @classmethod
-    def of(cls, stack: LowRank) -> FactoredStack:
-        """From factors of shapes ``(L, m, r)`` and ``(L, r, n)``."""
-        return cls(stack, stack.shape, (0, 1, 2), 2, frobenius(stack.norm()[:, None]))
+    def of(cls, stack: LowRank, norm: float | None = None) -> FactoredStack:
+        """From factors of shapes ``(L, m, r)`` and ``(L, r, n)``, and its norm if that is known."""
+        norm = frobenius(stack.norm()[:, None]) if norm is None else norm
+        return cls(stack, stack.shape, (0, 1, 2), 2, norm)
 
     @property
     def like(self) -> Array:

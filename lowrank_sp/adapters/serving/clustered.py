@@ -115,7 +115,7 @@ def jd_clustered(
             members = np.flatnonzero(state.clusters == c)
             part = LowRank(take(w.left, members), take(w.right, members))
             core = _cores(part, left, right)
-            found = FactoredStack.of(part).distances(left, core, right.mT)
+            found = FactoredStack.of(part, norm).distances(left, core, right.mT)
             errors[members] = to_host(found)
             for i, k in enumerate(members):
                 cores[k] = core[i, ...]

@@ -74,6 +74,7 @@ def jd_full(
     Examples
     --------
     >>> import numpy as np
+    >>> from lowrank_sp import LowRank
     >>> rng = np.random.default_rng(0)
     >>> u, v = rng.standard_normal((20, 4)), rng.standard_normal((4, 15))
     >>> adapters = [LowRank(u @ rng.standard_normal((4, 2)), rng.standard_normal((2, 4)) @ v)

@@ -73,7 +73,7 @@ def merging_pays_from(
     >>> round(merging_pays_from((4096, 4096), 16, batch=4096, flops=1e12, bandwidth=1e15))
     4096
     >>> round(merging_pays_from((4096, 4096), 16, batch=1, flops=1e15, bandwidth=3e12))
-    235
+    236
     """
     machine = {"flops": flops, "bandwidth": bandwidth}
     if min(*shape, rank, batch, itemsize, flops, bandwidth) <= 0:

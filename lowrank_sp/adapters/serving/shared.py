@@ -142,6 +142,11 @@ class Stack(NamedTuple):
         unit = LowRank(w.left / column(scales, w.left), w.right)
         return cls(unit, scales, norms, pairs[0].up)
 
+    @property
+    def source(self) -> FactoredStack:
+        """The matrices, as methods for tensors take them."""
+        return FactoredStack.of(self.matrices, float(np.linalg.norm(self.norms / self.scales)))
+
     def unscaled(self, cores: Array) -> Array:
         """Cores of adapters as cores of the matrices."""
         return cores / column(self.scales, cores)
@@ -149,14 +154,14 @@ class Stack(NamedTuple):
     def tucker(self, t: Tucker) -> SharedAdapters:
         """The answer of dense cores between one pair of bases."""
         core, (_, left, right) = t
-        errors = FactoredStack.of(self.matrices).distances(left, core, right.mT)
+        errors = self.source.distances(left, core, right.mT)
         return self.answer(left[None, ...], right.mT[None, ...], core, errors)
 
     def cp(self, cp: CP) -> SharedAdapters:
         """The answer of diagonal cores."""
         cores, left, right = cp.unweighted()
         dense = cores[:, None, :] * identity(cores.shape[1], cores)
-        errors = FactoredStack.of(self.matrices).distances(left, dense, right.mT)
+        errors = self.source.distances(left, dense, right.mT)
         return self.answer(left[None, ...], right.mT[None, ...], cores, errors)
 
     def answer(
