@@ -4,6 +4,7 @@ import numpy as np
 
 from lowrank_sp.updates import (
     BAR,
+    LORO,
     NBAR,
     OBAR,
     SAM,
@@ -80,6 +81,8 @@ RULES = {
     "StelLA, plain": StelLA(lr=0.1, moments=PLAIN, width=9.0),
     "PoLAR": PoLAR(lr=0.03),
     "PoLAR, plain": PoLAR(lr=0.001, moments=PLAIN),
+    "LORO": LORO(lr=0.05, period=2, lazy=1.0),
+    "LORO, exact": LORO(lr=0.3, period=1, moments=PLAIN),
     "SAM": SAM(ScaledGD(lr=0.3)),
     "EFlat": EFlat(ScaledGD(lr=0.3)),
     "Clip": Clip(ScaledGD(lr=0.3), max_norm=2.0),

@@ -190,9 +190,10 @@ class ProjectedRule(ABC):
         basis = xp.reshape(xp.stack(bases), state["basis"].shape)
         return Choice(
             basis,
-            from_host(angles, g),
+            # A copy to some devices makes a list of one of a single number.
+            xp.reshape(from_host(angles, g), due.shape),
             self.due(state),
-            from_host(kept, g, xp.bool),
+            xp.reshape(from_host(kept, g, xp.bool), due.shape),
         )
 
     def renew(self, weight: Array, choice: Choice, state: State) -> tuple[Array, State]:
