@@ -210,6 +210,17 @@ def test_many_clients_are_compressed_by_a_krylov_space(count):
     assert np.isclose(federated.fedit(pairs).error, np.linalg.norm(bias), rtol=1e-12)
 
 
+def test_errors_of_few_clients_of_a_large_layer():
+    """Few terms beside the sizes: by triangular factors, which keep the digits of small errors."""
+    for spread in (0.3, 1e-7):
+        pairs = clients(spread=spread, shape=(200, 180))
+        aggregate = federated.fedit(pairs, WEIGHTS)
+        up, down = mean(pairs, "up"), mean(pairs, "down")
+        parts = zip(pairs, WEIGHTS, strict=True)
+        bias = sum(w * SCALE * (p.up - up) @ (p.down - down) for p, w in parts)
+        assert np.isclose(aggregate.error, np.linalg.norm(bias), rtol=1e-6)
+
+
 def test_half_precision_is_computed_in_single():
     pairs = [Pair(p.up.astype(np.float16), p.down.astype(np.float16), SCALE) for p in clients()]
     aggregate = federated.fedit(pairs, WEIGHTS)

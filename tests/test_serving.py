@@ -338,6 +338,16 @@ def test_shared_spaces_are_found():
     assert jd_diag(diagonal, rank=2, rng=0).value.error <= 1e-10
 
 
+def test_shared_adapters_take_other_dtypes():
+    shared = jd_full(related(), rank=3).value
+    x, ids = gaussian(5, N), [0, 3, -1, 3, 1]
+    half = shared.apply(x.astype(np.float32), ids)
+    assert half.dtype == np.float32
+    assert np.allclose(half, shared.apply(x, ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"x must have shape \(T, 20\), got \(5, 21\)"):
+        shared.apply(np.ones((5, N + 1)), ids)
+
+
 def test_clusters_are_found():
     groups = [related(6, common=3, noise=0.0, seed=s) for s in (0, 300, 600)]
     pairs = [p for trio in zip(*groups, strict=True) for p in trio]

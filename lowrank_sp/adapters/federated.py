@@ -34,7 +34,7 @@ from lowrank_sp.factors import SVD, LowRank, check_rank
 from lowrank_sp.linalg.svd import truncated_svd
 
 # Rows of a product that are formed at a time.
-_ROWS = 512
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def fedit(adapters: Sequence[Any], weights: Sequence[float] | None = None) -> Ag
     Parameters
     ----------
     adapters : sequence
-        One per client, of one shape, rank, scale, dtype and array library: :class:`Pair`, anything
-        else with ``up``, ``down`` and ``scale``, or a ``LowRank`` (of scale 1).
+        One per client, of one shape, rank, scale, dtype and array library:
+        :class:`~lowrank_sp.adapters.pair.Pair`, anything else with ``up``, ``down`` and ``scale``,
+        or a ``LowRank`` (of scale 1).
     weights : sequence of float, optional
         ``p_k``: not negative, of sum 1. By default all equal.
 
@@ -384,8 +385,9 @@ def _balanced(f: SVD, scale: float) -> Pair:
 
 
 def _norm(a: LowRank) -> float:
-    """Frobenius norm: of triangular factors, or by rows where these would be as large as ``a``."""
-    if a.rank < min(a.shape):
+    """Frobenius norm: of triangular factors, or of the entries by blocks, whichever is cheaper."""
+    m, n = a.shape
+    if 4 * (m + n) * a.rank < m * n:
         return float(a.norm())
     left, right = a.factors()
-    return math.hypot(*(frobenius(left[rows, :] @ right) for rows in slices(a.shape[0], _ROWS)))
+    return math.hypot(*(frobenius(left[rows, :] @ right) for rows in slices(m, _ROWS)))

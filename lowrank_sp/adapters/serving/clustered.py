@@ -36,7 +36,7 @@ def jd_clustered(
     callback: Callable[[int, float, SharedAdapters], Any] | None = None,
     normalize: bool = True,
 ) -> Solution:
-    """A few pairs of bases, each for the adapters that it fits best: :func:`jd_full` by clusters.
+    """A few pairs of bases, each for the adapters that it fits best: JD-Full by clusters.
 
     Bases for given clusters and clusters for given bases take turns, as in k-means, and neither
     raises the error. The result depends on the start.
@@ -44,7 +44,7 @@ def jd_clustered(
     Parameters
     ----------
     adapters, rank, rng, stop, callback, normalize
-        As in :func:`jd_full`.
+        As in :func:`~lowrank_sp.adapters.serving.compress.jd_full`.
     clusters : int
         Number of clusters, at most that of adapters. None of them is empty.
     init : sequence of int, optional
@@ -54,7 +54,7 @@ def jd_clustered(
     Returns
     -------
     Solution
-        As of :func:`jd_full`, at ``clusters`` times the cost of a sweep.
+        As of JD-Full, at ``clusters`` times the cost of a sweep.
     """
     stack = Stack.of(adapters, normalize)
     w = stack.matrices

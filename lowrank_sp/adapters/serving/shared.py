@@ -95,25 +95,29 @@ class SharedAdapters:
         Returns
         -------
         array, shape (T, m)
-            One product of all rows of a cluster with each basis, and of every row with its core:
-            ``2 (m + n) k + 2 k^2`` flops a row, and one read of the bases.
+            Of the dtype of ``x``. One product of all rows of a cluster with each basis, and of
+            every row with its core: ``2 (m + n) k + 2 k^2`` flops a row, one read of the bases.
         """
         xp = namespace(x, self.left)
         if x.ndim != 2 or x.shape[1] != self.shape[1]:
             raise ValueError(f"x must have shape (T, {self.shape[1]}), got {tuple(x.shape)}")
         found = host_ids(ids, x.shape[0], len(self))
+        dtype = xp.result_type(x.dtype, self.left.dtype)
+        left, right, all_cores, rows = (
+            xp.astype(a, dtype, copy=False) for a in (self.left, self.right, self.cores, x)
+        )
         of_row = np.array([*self.clusters, -1])[found]
         order, same = segments(of_row)
 
         def part(c: int, places: np.ndarray) -> Array:
-            inner = take(x, places) @ self.right[c, ...].mT
-            cores = take(self.cores, found[places])
+            inner = take(rows, places) @ right[c, ...].mT
+            cores = take(all_cores, found[places])
             middle = cores * inner if cores.ndim == 2 else (cores @ inner[..., None])[..., 0]
-            return middle @ self.left[c, ...].mT
+            return middle @ left[c, ...].mT
 
         parts = ((order[a:b], part(c, order[a:b])) for c, a, b in same)
-        dtype = xp.result_type(x.dtype, self.left.dtype)
-        return assembled(parts, (x.shape[0], self.shape[0]), x, dtype)
+        y = assembled(parts, (x.shape[0], self.shape[0]), rows, dtype)
+        return xp.astype(y, x.dtype, copy=False)
 
 
 class Stack(NamedTuple):
