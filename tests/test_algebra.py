@@ -402,6 +402,10 @@ def test_ties_by_hand():
     merged = merge.entrywise(deltas, rule=merge.ties(0.5), rank=1).value
     # Kept: (4, -3), (2, 5), (2, 3); elected: +, +, +.
     assert np.allclose(wide(merged), [[3.0, 3.5, 3.0, 0.0]], rtol=1e-14)
+    # A sum of zero elects the positive ones, as in PEFT.
+    pair = [LowRank(one, np.array([[2.0, 1.0]])), LowRank(one, np.array([[-2.0, 3.0]]))]
+    merged = merge.entrywise(pair, rule=merge.ties(1.0), rank=1).value
+    assert np.allclose(wide(merged), [[2.0, 2.0]], rtol=1e-14)
     # A negative weight votes for the sign that it brings: now -4 against 2.
     merged = merge.entrywise(deltas, [-1.0, 1.0, 1.0], rule=merge.ties(0.5), rank=1).value
     assert np.allclose(wide(merged), [[-4.0, 10 / 3, 3.0, 0.0]], rtol=1e-14)
@@ -576,6 +580,19 @@ def test_extract(dtype, xp):
     assert f.error == pytest.approx(norm(change - wide(f)), rel=1e-3)
     assert norm(change - wide(f)) <= norm(change - best(change, 2)) * (1 + 1e-4)
     assert type(f.u) is type(xp.asarray(base))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_error_of_an_extraction(stored):
+    """Where the SVD looks at part of the matrix, the error is still computed."""
+    m, n = 300, 200
+    base = torch.asarray(gaussian(m, n)).to(stored)
+    tuned = base + torch.asarray(0.1 * gaussian(m, 3, seed=1) @ gaussian(3, n, seed=2)).to(stored)
+    change = (tuned.double() - base.double()).numpy()
+    f = extract(tuned, base, rank=2, rng=0)
+    assert f.u.dtype == torch.float32
+    assert f.error == pytest.approx(norm(change - wide(f)), rel=1e-5)
+    assert f.error <= norm(change - best(change, 2)) * (1 + 1e-4)
 
 
 def test_extract_to_a_tolerance():

@@ -188,7 +188,10 @@ def total(terms: Sequence[Array]) -> Array:
 
 
 def elected_mean(terms: Sequence[Array]) -> Array:
-    """Entry by entry, the mean of the terms that have the sign of their sum; zero for none."""
+    """Entry by entry, the mean of the terms that have the sign of their sum; zero for none.
+
+    A sum of zero counts as positive.
+    """
     xp = namespace(*terms)
     # Products instead of xp.where, whose branches on random signs cost five times as much.
     sign = 1 - 2 * xp.astype(total(terms) < 0, terms[0].dtype)
