@@ -14,6 +14,13 @@ NAMES = [
     if name != "lowrank_sp.cli"
 ]
 WITH_EXAMPLES = {
+    "lowrank_sp.adapters.forms.basis",
+    "lowrank_sp.adapters.forms.budget",
+    "lowrank_sp.adapters.forms.core",
+    "lowrank_sp.adapters.forms.fixed_sides",
+    "lowrank_sp.adapters.forms.magnitude",
+    "lowrank_sp.adapters.forms.penalties",
+    "lowrank_sp.adapters.forms.spectrum",
     "lowrank_sp.adapters.algebra.diagnostics",
     "lowrank_sp.adapters.algebra.extraction",
     "lowrank_sp.adapters.algebra.merge.entrywise",

@@ -18,6 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs"
         "merging.md",
         "federated.md",
         "serving.md",
+        "forms-svd.md",
     ],
 )
 def test_code_of(page, tmp_path, monkeypatch):

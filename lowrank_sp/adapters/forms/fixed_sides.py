@@ -175,7 +175,7 @@ class TiedCores(LayeredForm):
 
 @dataclass(frozen=True, repr=False)
 class RotatedCore(Sandwich):
-    r"""Principal triplets of the weight, turned and stretched: PSOFT :cite:p:`wu2025psoft`.
+    r"""Principal triplets of the weight, turned and stretched: PSOFT :cite:p:`wu2026psoft`.
 
     .. math:: \Delta = s B \left(\operatorname{diag}(b)\, Q \operatorname{diag}(a) - I\right) A,
               \qquad Q = (I + K)(I - K)^{-1}, \qquad K^T = -K
