@@ -46,7 +46,9 @@ def namespace(*arrays: Array) -> Any:
             f"arrays must come from one array library, got {kinds}; "
             "convert first, for example with numpy.asarray or torch.as_tensor"
         ) from error
-    devices = list(dict.fromkeys(str(compat.device(a)) for a in arrays))
+    # Tracers of JAX have no device, and follow those that have one.
+    found = [device for device in map(compat.device, arrays) if device is not None]
+    devices = list(dict.fromkeys(map(str, found)))
     if len(devices) > 1:
         raise ValueError(
             f"arrays must lie on one device, got {' and '.join(devices)}; move them to one first"
