@@ -9,6 +9,7 @@ from lowrank_sp import LowRank, Stop
 from lowrank_sp.tensors import CP, Kronecker, joint_diagonal, joint_svd, nearest_kronecker, tucker2
 from lowrank_sp.tensors.rearrange import _Rearranged
 from lowrank_sp.tensors.source import FactoredStack
+from lowrank_sp.tensors.subspace import gram_is_cheap, improved
 from lowrank_sp.testing import assert_adjoint
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
@@ -274,7 +275,7 @@ def test_stacks_are_checked(solve):
     assert zero.value.error == 0.0
 
 
-def wide_stack(dtype=np.float64, count=40, m=300, n=280, rank=8):
+def wide_stack(dtype=np.float64, count=70, m=300, n=280, rank=5):
     """Factored matrices so large that a sweep improves its subspaces rather than finds them."""
     shared_left, shared_right = gaussian(m, 5, dtype=dtype), gaussian(5, n, seed=1, dtype=dtype)
     matrices = []
@@ -299,6 +300,8 @@ def test_joint_svd_of_large_stacks_is_that_of_dense_ones(dtype):
     ).value
     dense = joint_svd(x, rank=4, stop=Stop(500, tol=1e-14)).value
     size = np.linalg.norm(x)
+    # Else the subspaces are found by other means.
+    assert not gram_is_cheap(np.empty((300, 4 * len(matrices))), 0, 4)
     assert np.all(np.diff(errors) <= 1e-12 * size)
     assert abs(factored.error - dense.error) <= 1e-10 * size
     assert np.linalg.norm(factored.to_dense() - dense.to_dense()) <= 1e-5 * size
@@ -306,11 +309,9 @@ def test_joint_svd_of_large_stacks_is_that_of_dense_ones(dtype):
 
 
 def test_joint_svd_of_large_stacks_on_every_library(xp):
-    matrices = [
-        LowRank(xp.asarray(w.left), xp.asarray(w.right)) for w in wide_stack(np.float32, count=30)
-    ]
+    matrices = [LowRank(xp.asarray(w.left), xp.asarray(w.right)) for w in wide_stack(np.float32)]
     solution = joint_svd(matrices, rank=4, rng=0)
-    expected = joint_svd(stacked(wide_stack(np.float32, count=30)), rank=4).value
+    expected = joint_svd(stacked(wide_stack(np.float32)), rank=4).value
     assert solution.converged
     assert solution.value.error <= (1 + 1e-3) * expected.error
 
@@ -326,5 +327,17 @@ def test_distances_of_near_matrices_keep_their_digits():
     found = source.distances(left, cores, right)
     assert np.allclose(found, np.linalg.norm(w.to_dense() - model, axis=(1, 2)), rtol=1e-12)
     near = LowRank(w.left[:1], w.right[:1])
-    exact = FactoredStack.of(near).distances(w.left[0], np.eye(8)[None] * (1 + scale), w.right[0])
+    exact = FactoredStack.of(near).distances(w.left[0], np.eye(5)[None] * (1 + scale), w.right[0])
     assert np.isclose(exact[0], scale * np.linalg.norm(near.to_dense()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_an_improved_subspace_holds_the_old_one_and_its_image(dtype):
+    x = gaussian(6, 40, 5, dtype=dtype)
+    u = orthonormal(40, 3, np.random.default_rng(0), np.iscomplexobj(x))
+    gram = np.sum(x @ x.conj().mT, axis=0)
+    q, _ = np.linalg.qr(np.concatenate([u, gram @ u], axis=1))
+    best = np.sum(np.linalg.eigvalsh(q.conj().T @ gram @ q)[-3:])
+    v = improved(x, u)
+    assert np.linalg.norm(v.conj().T @ v - np.eye(3)) <= 1e-13
+    assert np.isclose(np.trace(v.conj().T @ gram @ v).real, best, rtol=1e-12)

@@ -18,6 +18,7 @@ from lowrank_sp.adapters.serving import (
     merging_pays_from,
     switch_work,
 )
+from lowrank_sp.adapters.serving.clustered import _without_empty
 from lowrank_sp.tensors import CP, cp_als, hooi
 
 M, N = 24, 20
@@ -382,6 +383,13 @@ def test_empty_clusters_are_filled():
     shared = jd_clustered(pairs, rank=3, clusters=4, init=[0, 1, 2, 3, 0, 1, 2, 3]).value
     assert set(shared.clusters) == {0, 1, 2, 3}
     assert shared.error <= 1e-13
+
+
+def test_what_fits_worst_fills_an_empty_cluster():
+    labels, empty = _without_empty(np.array([0, 2, 0, 0]), np.array([0.1, 0.9, 0.5, 0.2]), 3)
+    # The second one is alone in its cluster and stays.
+    assert labels.tolist() == [0, 2, 1, 0]
+    assert empty == {1}
 
 
 @pytest.mark.parametrize("name", ["full", "diagonal"])
