@@ -56,7 +56,7 @@ def stored_as(folder: Path, dtype, shards: int) -> Path:
 
 
 def products(folder: Path) -> dict[str, np.ndarray]:
-    layers = checkpoint.read_adapter(folder / "adapter")
+    layers = checkpoint.read_adapter(folder / "adapter").layers
     return {name: layer.scale * layer.up @ layer.down for name, layer in layers.items()}
 
 

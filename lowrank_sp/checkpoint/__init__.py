@@ -1,5 +1,7 @@
 """Checkpoints on disk: read, initialized, verified and written without PyTorch."""
 
+from lowrank_sp.checkpoint.adapter import Adapter as Adapter
+from lowrank_sp.checkpoint.adapter import check_same_base as check_same_base
 from lowrank_sp.checkpoint.bank import read_bank as read_bank
 from lowrank_sp.checkpoint.bank import write_bank as write_bank
 from lowrank_sp.checkpoint.demo import run_demo as run_demo
@@ -7,7 +9,6 @@ from lowrank_sp.checkpoint.demo import write_demo_model as write_demo_model
 from lowrank_sp.checkpoint.initialize import initialize as initialize
 from lowrank_sp.checkpoint.model import Checkpoint as Checkpoint
 from lowrank_sp.checkpoint.model import Layer as Layer
-from lowrank_sp.checkpoint.peft import AdapterLayer as AdapterLayer
 from lowrank_sp.checkpoint.peft import read_adapter as read_adapter
 from lowrank_sp.checkpoint.peft import write_adapter as write_adapter
 from lowrank_sp.checkpoint.report import LayerReport as LayerReport

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lowrank_sp._arrays import as_compute, dtype_name, to_host
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.pair import Pair
 from lowrank_sp.adapters.serving import AdapterBank
+from lowrank_sp.checkpoint.adapter import Adapter, check_same_base
 from lowrank_sp.checkpoint.output import atomic_directory
-from lowrank_sp.checkpoint.peft import AdapterLayer, read_adapter, write_adapter
-from lowrank_sp.checkpoint.tensors import CheckpointError, read_object
+from lowrank_sp.checkpoint.peft import read_adapter, write_adapter
+from lowrank_sp.checkpoint.tensors import CheckpointError
 
 
 def read_bank(paths: Mapping[str, str | Path]) -> dict[str, AdapterBank]:
@@ -34,19 +35,12 @@ def read_bank(paths: Mapping[str, str | Path]) -> dict[str, AdapterBank]:
     """
     if not paths:
         raise CheckpointError("at least one adapter directory is needed, got none")
-    bases: dict[Any, str] = {}
-    layers: dict[str, dict[str, AdapterLayer]] = {}
-    for name, path in paths.items():
-        config = read_object(Path(path) / "adapter_config.json", "adapter config")
-        bases.setdefault(config.get("base_model_name_or_path"), name)
-        for module, layer in read_adapter(path).items():
-            layers.setdefault(module, {})[name] = layer
-    if len(bases) > 1:
-        (one, first), (other, second), *_ = bases.items()
-        raise CheckpointError(
-            f"adapters of one bank must have one base, got {one!r} of {first} and {other!r} of "
-            f"{second}"
-        )
+    adapters = {name: read_adapter(path) for name, path in paths.items()}
+    check_same_base(adapters)
+    layers: dict[str, dict[str, Product]] = {}
+    for name, adapter in adapters.items():
+        for module, form in adapter.products().items():
+            layers.setdefault(module, {})[name] = form
     banks = {}
     for module, found in layers.items():
         try:
@@ -101,13 +95,14 @@ def write_bank(
                 module: _on_disk(bank[name]) for module, bank in banks.items() if name in bank.names
             }
             (folder / name).mkdir()
-            write_adapter(folder / name, layers, base=base, fan_in_fan_out=fan_in_fan_out)
+            adapter = Adapter(layers, base, fan_in_fan_out=fan_in_fan_out)
+            write_adapter(folder / name, adapter)
     return {name: Path(path) / name for name in wanted}
 
 
-def _on_disk(pair: Pair) -> AdapterLayer:
+def _on_disk(pair: Pair) -> Product:
     # NumPy has no bfloat16.
     up, down = (
         as_compute(f) if dtype_name(f.dtype) == "bfloat16" else f for f in (pair.up, pair.down)
     )
-    return AdapterLayer(to_host(up), to_host(down), pair.scale)
+    return Product(to_host(up), to_host(down), pair.scale)

@@ -15,16 +15,12 @@ from typing import Any
 import numpy as np
 
 from lowrank_sp._arrays import frobenius
+from lowrank_sp.adapters.forms import Form, Product
 from lowrank_sp.adapters.initializers import INITIALIZERS, Initialization
+from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.output import atomic_directory, final_path
-from lowrank_sp.checkpoint.peft import (
-    AdapterLayer,
-    check_number,
-    check_pattern,
-    pattern_value,
-    write_adapter,
-)
+from lowrank_sp.checkpoint.peft import check_number, check_pattern, pattern_value, write_adapter
 from lowrank_sp.checkpoint.report import REPORT, LayerReport, Report
 from lowrank_sp.checkpoint.tensors import CheckpointError
 from lowrank_sp.factors import check_rank
@@ -49,7 +45,7 @@ class _Task:
 @dataclass(frozen=True)
 class _Done:
     layer: Layer
-    adapter: AdapterLayer
+    adapter: Product
     stored: np.ndarray | None  # the residual as it is written, None where the weight is unchanged
     report: LayerReport
 
@@ -134,7 +130,8 @@ def initialize(
     ]
     inputs = [checkpoint.path, *checkpoint.files]
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as folder:
-        adapters, rows = {}, []
+        adapters: dict[str, Form] = {}
+        rows = []
         base = _Base(checkpoint, folder / "base")
         for done in run(_initialize_layer, tasks, executor, ahead):
             adapters[done.layer.name] = done.adapter
@@ -146,12 +143,9 @@ def initialize(
             del done  # or its residual would stay while the next layer is computed
         final = final_path(folder / "base" if base.changed else checkpoint.path)
         (folder / "adapter").mkdir()
-        write_adapter(
-            folder / "adapter",
-            adapters,
-            base=str(final),
-            fan_in_fan_out=any(layer.transposed for layer in layers),
-        )
+        transposed = any(layer.transposed for layer in layers)
+        adapter = Adapter(adapters, str(final), fan_in_fan_out=transposed)
+        write_adapter(folder / "adapter", adapter)
         report = Report(
             method=method,
             rank=int(rank),
@@ -295,4 +289,4 @@ def _initialize_layer(task: _Task) -> _Done:
         bound,
         time.perf_counter() - started,
     )
-    return _Done(layer, AdapterLayer(start.up, start.down, start.scale), stored, report)
+    return _Done(layer, Product(start.up, start.down, start.scale), stored, report)

@@ -6,36 +6,21 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lowrank_sp.adapters.forms import Form, Product
+from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.tensors import CheckpointError, read_header, read_object
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-@dataclass(frozen=True)
-class AdapterLayer:
-    """Factors of one layer: the weight, outputs by inputs, gains ``scale * up @ down``."""
-
-    up: np.ndarray
-    down: np.ndarray
-    scale: float
-
-    @property
-    def alpha(self) -> float:
-        """PEFT's ``lora_alpha``: ``scale * rank``."""
-        return self.scale * self.up.shape[1]
-
-
-def write_adapter(
-    path: Path, layers: Mapping[str, AdapterLayer], *, base: str, fan_in_fan_out: bool = False
-) -> None:
+def write_adapter(path: Path, adapter: Adapter) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory.
 
     The most frequent rank and alpha become the global ones, and every other layer is listed under
@@ -46,21 +31,19 @@ def write_adapter(
     ----------
     path : Path
         An existing directory.
-    layers : mapping from module name to AdapterLayer
-    base : str
-        What the configuration names as the base model.
-    fan_in_fan_out : bool
-        Whether the base stores its weights inputs by outputs.
+    adapter : Adapter
+        Of plain LoRA.
     """
     from safetensors.numpy import save_file
 
-    sizes = [(layer.up.shape[1], _plain(layer.alpha)) for layer in layers.values()]
+    layers = adapter.products()
+    sizes = [(f.up.shape[1], _plain(f.scale * f.up.shape[1])) for f in layers.values()]
     rank, alpha = max(sorted(set(sizes)), key=sizes.count)
     other = {name: size for name, size in zip(layers, sizes, strict=True) if size != (rank, alpha)}
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": adapter.base,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -69,7 +52,7 @@ def write_adapter(
         "target_modules": sorted(layers),
         "rank_pattern": {name: size[0] for name, size in other.items()},
         "alpha_pattern": {name: size[1] for name, size in other.items()},
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
@@ -87,8 +70,8 @@ def _plain(alpha: float) -> float | int:
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
-def read_adapter(path: str | Path) -> dict[str, AdapterLayer]:
-    """Layers of a LoRA adapter directory, by module name.
+def read_adapter(path: str | Path) -> Adapter:
+    """The adapter in a directory of plain LoRA.
 
     Raises
     ------
@@ -112,7 +95,7 @@ def read_adapter(path: str | Path) -> dict[str, AdapterLayer]:
         names.add(match[1])
     if not names:
         raise CheckpointError(f"{path / _WEIGHTS}: no lora_A weights")
-    layers = {}
+    layers: dict[str, Form] = {}
     for name in sorted(names):
         down, up = (tensors.get(f"{_PREFIX}{name}.lora_{part}.weight") for part in "AB")
         if down is None or up is None:
@@ -125,8 +108,9 @@ def read_adapter(path: str | Path) -> dict[str, AdapterLayer]:
         rank = down.shape[0]
         alpha = pattern_value(alphas, name, default)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        layers[name] = AdapterLayer(up.read(), down.read(), scale)
-    return layers
+        layers[name] = Product(up.read(), down.read(), scale)
+    base = config.get("base_model_name_or_path")
+    return Adapter(layers, base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
 
 
 def check_number(value: Any, what: str) -> Any:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_sp._arrays import frobenius, slices
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
-from lowrank_sp.checkpoint.peft import AdapterLayer, read_adapter
+from lowrank_sp.checkpoint.peft import read_adapter
 from lowrank_sp.checkpoint.report import REPORT, Report
 from lowrank_sp.checkpoint.tensors import CheckpointError
 from lowrank_sp.tasks import Executor, run
@@ -97,7 +98,7 @@ def verify(
     report = Report.load(folder / REPORT)
     original = Checkpoint(model)
     residual = Checkpoint(folder / report.base)  # an absolute base stands for itself
-    adapter = read_adapter(folder / "adapter")
+    adapter = read_adapter(folder / "adapter").products()
     reported = [row.name for row in report.layers]
     _check_same_names({folder / REPORT: reported, folder / "adapter": adapter})
     _check_same_names({original.path: original.tensors, residual.path: residual.tensors})
@@ -133,7 +134,7 @@ def _check_same_names(holders: Mapping[Path, Collection[str]]) -> None:
             raise CheckpointError(f"{alone[0]}: in {one} but not in {other}")
 
 
-def _check_layer(task: tuple[Layer, Layer, AdapterLayer]) -> LayerCheck:
+def _check_layer(task: tuple[Layer, Layer, Product]) -> LayerCheck:
     original, residual, adapter = task
     weight, base = original.tensor.read(), residual.tensor.read()
     if original.transposed:

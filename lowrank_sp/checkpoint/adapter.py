@@ -1,0 +1,75 @@
+"""Adapters of a model: a form for every adapted layer, and the base that they were made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lowrank_sp.adapters.forms import Form, Product
+from lowrank_sp.checkpoint.tensors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Adapters of the layers of one model.
+
+    Attributes
+    ----------
+    layers : mapping from module name to Form
+        Outputs by inputs, however the base stores its weights.
+    base : str, optional
+        Name or path of the base model.
+    fingerprint : str, optional
+        Of the base: :meth:`~lowrank_sp.checkpoint.model.Checkpoint.fingerprint`.
+    fan_in_fan_out : bool
+        Whether the base stores its weights inputs by outputs.
+    """
+
+    layers: Mapping[str, Form]
+    base: str | None = None
+    fingerprint: str | None = None
+    fan_in_fan_out: bool = False
+
+    def products(self) -> dict[str, Product]:
+        """The layers of plain LoRA.
+
+        Raises
+        ------
+        CheckpointError
+            If a layer is of another form.
+        """
+        products = {}
+        for name, form in self.layers.items():
+            if not isinstance(form, Product):
+                raise CheckpointError(
+                    f"{name}: plain LoRA is needed, got {type(form).__name__}; convert it first"
+                )
+            products[name] = form
+        return products
+
+
+def check_same_base(adapters: Mapping[str, Adapter]) -> None:
+    """Raise unless all adapters were made for one base model.
+
+    Fingerprints decide where both adapters have one, names elsewhere.
+
+    Parameters
+    ----------
+    adapters : mapping from str to Adapter
+        By the name that errors give them.
+
+    Raises
+    ------
+    CheckpointError
+        Which names the two that differ.
+    """
+    seen: list[tuple[str, Adapter]] = []
+    for name, adapter in adapters.items():
+        for other, known in seen:
+            prints = known.fingerprint, adapter.fingerprint
+            one, two = prints if None not in prints else (known.base, adapter.base)
+            if one != two:
+                raise CheckpointError(
+                    f"adapters must have one base, got {one!r} of {other} and {two!r} of {name}"
+                )
+        seen.append((name, adapter))
