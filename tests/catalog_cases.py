@@ -1,0 +1,59 @@
+"""One small layer, or four of them, for every row of the catalog."""
+
+from math import isqrt
+
+import numpy as np
+
+from lowrank_sp.adapters.catalog import CATALOG
+from lowrank_sp.adapters.forms import LayerGrid, factorized
+
+M, N, R = 48, 40, 2
+LAYERS, TYPES, HEADS = 2, 2, 4
+COUNT = LAYERS * TYPES
+
+rng = np.random.default_rng(0)
+WEIGHTS = [rng.standard_normal((M, N)) / N**0.5 for _ in range(COUNT)]
+INPUTS = rng.standard_normal((100, N)) * np.linspace(0.5, 2.0, N)
+GRADIENT = rng.standard_normal((M, N))
+DATA = {
+    "gradient": GRADIENT,
+    "second_moment": INPUTS.T @ INPUTS / len(INPUTS),
+    "components": np.linalg.svd(INPUTS - INPUTS.mean(axis=0), full_matrices=False)[2],
+}
+#: Rows whose size the weight determines.
+WITHOUT_RANK = {"SVDiff", "SVFT", "KRAdapter", "QuanTA"}
+
+
+def grid_of(row):
+    """Where four weights stand on the axes of a row."""
+    if not row.axes:
+        return None
+    blocks = {"head of inputs": (M, N // HEADS), "head of outputs": (M // HEADS, N)}
+    places = [(layer, kind) for layer in range(LAYERS) for kind in range(TYPES)]
+    return LayerGrid.indexed([(M, N)] * COUNT, places, blocks.get(row.axes[-1]))
+
+
+def start_of(row, asarray=np.asarray, seed=0):
+    """The form of a row at its published start, and its base weights."""
+    weights = [asarray(w) for w in WEIGHTS]
+    data = None if row.needs is None else asarray(DATA[row.needs])
+    return row.start(
+        weights if row.layered else weights[0],
+        None if row.name in WITHOUT_RANK else R,
+        rng=seed,
+        data=data,
+        grid=grid_of(row),
+    )
+
+
+def evaluated(expression, row, form):
+    """The value of an expression of a row; ``N, M, D, R`` are what sides are factored into."""
+    known = {} if row.layered else form.sizes()
+    known |= {"m": M, "n": N, "r": R, "T": TYPES, "H": HEADS, "isqrt": isqrt}
+    known |= {"L": LAYERS if row.axes else COUNT}
+    known |= {"N": factorized(N, 3), "M": factorized(M, 3), "D": factorized(M, 3)}
+    known |= {"R": factorized(R * (M + N), 4)}
+    return eval(expression, {}, known | row.options)
+
+
+ROWS = list(CATALOG.values())
