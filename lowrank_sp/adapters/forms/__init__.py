@@ -1,12 +1,15 @@
 """Adapter parameterizations: formulas for the update of a weight."""
 
+from lowrank_sp.adapters.forms._chains import factorized as factorized
 from lowrank_sp.adapters.forms._form import Conversion as Conversion
+from lowrank_sp.adapters.forms._form import Fit as Fit
 from lowrank_sp.adapters.forms._form import FixedDown as FixedDown
 from lowrank_sp.adapters.forms._form import FixedUp as FixedUp
 from lowrank_sp.adapters.forms._form import Form as Form
 from lowrank_sp.adapters.forms._form import LayeredForm as LayeredForm
 from lowrank_sp.adapters.forms._form import Product as Product
 from lowrank_sp.adapters.forms._form import Start as Start
+from lowrank_sp.adapters.forms._grid import LayerGrid as LayerGrid
 from lowrank_sp.adapters.forms._parts import Fixed as Fixed
 from lowrank_sp.adapters.forms._parts import Parts as Parts
 from lowrank_sp.adapters.forms._parts import Trained as Trained
@@ -31,6 +34,7 @@ from lowrank_sp.adapters.forms.fixed_sides import CombinedCore as CombinedCore
 from lowrank_sp.adapters.forms.fixed_sides import FixedSides as FixedSides
 from lowrank_sp.adapters.forms.fixed_sides import RotatedCore as RotatedCore
 from lowrank_sp.adapters.forms.fixed_sides import TiedCores as TiedCores
+from lowrank_sp.adapters.forms.gates import PairGates as PairGates
 from lowrank_sp.adapters.forms.hadamard import HadamardProduct as HadamardProduct
 from lowrank_sp.adapters.forms.hadamard import HadamardWeight as HadamardWeight
 from lowrank_sp.adapters.forms.khatri_rao import KhatriRao as KhatriRao
@@ -43,8 +47,31 @@ from lowrank_sp.adapters.forms.pointwise import Sine as Sine
 from lowrank_sp.adapters.forms.random_sum import PositionalRandomSum as PositionalRandomSum
 from lowrank_sp.adapters.forms.random_sum import RandomSum as RandomSum
 from lowrank_sp.adapters.forms.random_sum import random_basis as random_basis
+from lowrank_sp.adapters.forms.shared_core import CoreBlocks as CoreBlocks
+from lowrank_sp.adapters.forms.shared_core import SharedCore as SharedCore
+from lowrank_sp.adapters.forms.shared_factors import SharedDown as SharedDown
+from lowrank_sp.adapters.forms.shared_factors import SharedPair as SharedPair
+from lowrank_sp.adapters.forms.shared_factors import SharedUp as SharedUp
+from lowrank_sp.adapters.forms.shared_factors import Tied as Tied
+from lowrank_sp.adapters.forms.shared_factors import TiedDown as TiedDown
+from lowrank_sp.adapters.forms.shared_factors import TiedFactors as TiedFactors
+from lowrank_sp.adapters.forms.shared_factors import TiedGains as TiedGains
+from lowrank_sp.adapters.forms.shared_factors import TiedUp as TiedUp
+from lowrank_sp.adapters.forms.shared_fit import fit_shared_cp as fit_shared_cp
+from lowrank_sp.adapters.forms.shared_fit import fit_shared_tt as fit_shared_tt
+from lowrank_sp.adapters.forms.shared_fit import fit_shared_tucker as fit_shared_tucker
+from lowrank_sp.adapters.forms.shared_fit import truncate_shared_tt as truncate_shared_tt
+from lowrank_sp.adapters.forms.shared_fit import truncate_shared_tucker as truncate_shared_tucker
+from lowrank_sp.adapters.forms.shared_formats import SharedCP as SharedCP
+from lowrank_sp.adapters.forms.shared_formats import SharedTT as SharedTT
+from lowrank_sp.adapters.forms.shared_formats import SharedTucker as SharedTucker
 from lowrank_sp.adapters.forms.sparse import ProductPlusSparse as ProductPlusSparse
 from lowrank_sp.adapters.forms.sparse import largest_places as largest_places
 from lowrank_sp.adapters.forms.spectrum import SparseCore as SparseCore
 from lowrank_sp.adapters.forms.spectrum import SpectralShift as SpectralShift
 from lowrank_sp.adapters.forms.spectrum import banded_places as banded_places
+from lowrank_sp.adapters.forms.tt import TensorTrain as TensorTrain
+from lowrank_sp.adapters.forms.tt import TrainMatrix as TrainMatrix
+from lowrank_sp.adapters.forms.tt import fit_tensor_train as fit_tensor_train
+from lowrank_sp.adapters.forms.tt_factors import GeneratedFactors as GeneratedFactors
+from lowrank_sp.adapters.forms.tt_factors import TrainFactors as TrainFactors

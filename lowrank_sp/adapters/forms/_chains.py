@@ -34,6 +34,15 @@ def factorized(size: int, order: int) -> tuple[int, ...]:
     return tuple(sorted(factors))
 
 
+def modes_of(modes: Sequence[int] | None, size: int, order: int, name: str) -> tuple[int, ...]:
+    """Factors of a size that were given, or those of :func:`factorized`."""
+    if modes is None:
+        return factorized(size, order)
+    if math.prod(modes) != size or not modes:
+        raise ValueError(f"{name} must be factors of {size}, got {tuple(modes)}")
+    return tuple(modes)
+
+
 def check_cores(form: str, cores: Sequence[Array], ndim: int) -> None:
     """Raise unless arrays are the cores of a train with ``ndim`` axes each."""
     shapes = [tuple(c.shape) for c in cores]
