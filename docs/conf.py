@@ -67,6 +67,7 @@ html_sidebars = {
     "which-svd": [],
     "updates": [],
     "train": [],
+    "pretraining": [],
     "completion": [],
     "sensing": [],
     "robust": [],

@@ -57,6 +57,9 @@ WITH_EXAMPLES = {
     "lowrank_sp.inverse.sensing.factored",
     "lowrank_sp.inverse.sensing.thresholding",
     "lowrank_sp.updates.conformance",
+    "lowrank_sp.updates.factorized",
+    "lowrank_sp.updates.full_weight",
+    "lowrank_sp.updates.projector",
     "lowrank_sp.updates.first_order",
     "lowrank_sp.updates.flatness",
     "lowrank_sp.updates.spectral",
@@ -91,6 +94,7 @@ WITH_EXAMPLES = {
     "lowrank_sp.testing",
     "lowrank_sp.torch.optim",
     "lowrank_sp.torch.pairs",
+    "lowrank_sp.torch.projected",
 }
 
 

@@ -13,6 +13,7 @@ DOCS = Path(__file__).parent.parent / "docs"
     [
         "train.md",
         "updates.md",
+        "pretraining.md",
         "sensing.md",
         "initializers.md",
         "merging.md",
