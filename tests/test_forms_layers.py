@@ -239,7 +239,10 @@ def test_a_shifted_weight_starts_where_it_was():
     form, shifted = forms.PairGates.shifted(weight, order=3, rng=0)
     np.testing.assert_allclose(form.merge(shifted), weight, atol=1e-13)
     assert np.linalg.norm(shifted - weight) > 0.1
-    assert form.num_trainable == forms.PairGates.create(weight, order=3, rng=0).num_trainable
+    beside = forms.PairGates.create(weight, order=3, rng=0)
+    assert form.num_trainable == beside.num_trainable
+    # Training in place must not move the fixed copy.
+    assert not any(map(np.shares_memory, beside.gates, beside.start))
 
 
 def test_few_and_many_inputs_take_both_ways_to_one_result():

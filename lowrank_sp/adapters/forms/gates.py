@@ -104,7 +104,9 @@ class PairGates(Form):
         generator = np.random.default_rng(rng)
         sizes = [axes[a] * axes[b] for a, b in _pairs(len(axes))]
         gates = tuple(kaiming_uniform((d, d), like, generator) for d in sizes)
-        return cls(gates, gates, axes, shape, scale)
+        xp = namespace(like)
+        start = tuple(xp.asarray(gate, copy=True) for gate in gates)
+        return cls(gates, start, axes, shape, scale)
 
     @classmethod
     def shifted(
