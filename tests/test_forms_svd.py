@@ -150,6 +150,9 @@ def test_the_rank_budget_is_that_of_peft():
             ]
         if budget == 2 * R:
             allocator.update_ipt(model.base_model.model)
+            for i, name in zip(importance, ("layer0", "layer1"), strict=True):
+                near(i.smoothed["up"], allocator.exp_avg_ipt[f"{name}.lora_B.default"])
+                near(i.spread["down"], allocator.exp_avg_unc[f"{name}.lora_A.default"])
             continue
         _, masks = allocator.update_and_allocate(model.base_model.model, step, force_mask=True)
         keep = forms.keep_largest([i.scores() for i in importance], budget)
@@ -255,6 +258,9 @@ def test_tinylora_is_that_of_peft():
         for i, layer in enumerate(layers):
             same_as_peft(tied.layer(i), layer)
             near(created.ups[i] @ created.downs[i], tied.ups[i] @ tied.downs[i], 1e3)
+    # The paper leaves the law of P open; PEFT draws it Gaussian, of variance 1/r.
+    basis = forms.CombinedCore.create(weight_of(), R, size=2000, rng=0).basis
+    assert abs(np.var(basis) * R - 1) < 0.05
 
 
 def test_psoft_is_that_of_peft():
@@ -433,6 +439,22 @@ def test_lengths_are_constants_for_jax_as_for_torch(kind):
         near(*through[name])
     # Moving all of a factor along itself changes lengths, which only one of them sees.
     assert np.linalg.norm(constant["up"][0] - through["up"][0]) > 0.01
+
+
+def test_both_lengths_are_constants_in_the_published_gradient():
+    weight, x = weight_of(), torch.tensor(weight_of((5, N), seed=3))
+    form = random_values(forms.BothMagnitudes.create(torch.asarray(weight), R, rng=0), torch.tensor)
+    form = form.replace({k: p.requires_grad_() for k, p in form.parameters().items()})
+    moved = form.weight + form.up @ form.down
+    c = moved.detach().norm(dim=1, keepdim=True)
+    ruled = form.rows[:, None] * moved / c
+    naive = ruled / ruled.detach().norm(dim=0) * form.columns - form.weight
+    for found, wanted in zip(
+        torch.autograd.grad((form.apply(x) ** 2).sum(), form.parameters().values()),
+        torch.autograd.grad(((x @ naive.mT) ** 2).sum(), form.parameters().values()),
+        strict=True,
+    ):
+        near(found, wanted)
 
 
 def test_a_rank_given_up_leaves_the_scale():

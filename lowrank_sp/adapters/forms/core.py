@@ -54,7 +54,7 @@ class DiagonalCore(Form):
     With nearly orthonormal factors it is an SVD whose values are trained, and a rank is given up by
     setting one of them to zero: AdaLoRA :cite:p:`zhang2023adalora`. What keeps the factors so is
     :func:`~lowrank_sp.adapters.forms.orthogonality` in the loss, or the rule
-    :class:`~lowrank_sp.updates.StelLA`; which ranks to give up is
+    :class:`~lowrank_sp.updates.constrained.StelLA`; which ranks to give up is
     :func:`~lowrank_sp.adapters.forms.keep_largest`.
 
     Attributes
@@ -177,10 +177,11 @@ class FullCore(Sandwich):
     r"""Two factors and a full core, :math:`\Delta = s\, U S V`.
 
     One form for PoLAR :cite:p:`lion2025polar` and StelLA :cite:p:`li2025stella`: the factors have
-    orthonormal columns and rows at the start, and the rules :class:`~lowrank_sp.updates.PoLAR` and
-    :class:`~lowrank_sp.updates.StelLA` keep them so. The gauge that is left is orthogonal:
-    ``(U q, q^T S p, p^T V)``. Under a rule that does not know of the constraint it is a redundant
-    product.
+    orthonormal columns and rows at the start, and the rules
+    :class:`~lowrank_sp.updates.constrained.PoLAR` and
+    :class:`~lowrank_sp.updates.constrained.StelLA` keep them so. The gauge that is left is
+    orthogonal: ``(U q, q^T S p, p^T V)``. Under a rule that does not know of the constraint it is
+    a redundant product.
 
     Attributes
     ----------

@@ -156,7 +156,7 @@ class SparseCore(Form):
             Of the leading triplets only; by default all, ``min(m, n)``.
         places : integer array, shape (z,)
             In a core of ``rank`` rows and columns: from :func:`banded_places`,
-            :func:`~lowrank_sp.updates.random_support` or
+            :func:`~lowrank_sp.updates.factorized.random_support` or
             :func:`~lowrank_sp.adapters.forms.largest_places`.
         rng : int, Generator or None
         """
