@@ -9,6 +9,7 @@ import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, from_host, namespace
 from lowrank_sp.adapters.forms._draws import Like, factor_scale, full, zeros
+from lowrank_sp.adapters.forms._entries import count_of
 from lowrank_sp.adapters.forms._form import Form
 from lowrank_sp.adapters.forms._parts import Fixed, Trained
 
@@ -44,6 +45,7 @@ class RandomSum(Form):
     Notes
     -----
     ``2 N r (m + n)`` flops per input, about twice those of a square weight; the basis is as large.
+    For fewer inputs than ``r`` only they are multiplied by gains, not the basis.
     Adapters of PEFT pair the factors in another way: :class:`PositionalRandomSum`.
 
     Examples
@@ -112,21 +114,32 @@ class RandomSum(Form):
         return (up * self.scale) @ down
 
     def apply(self, x: Array) -> Array:
-        up, down = self._factors()
-        return ((x @ down.mT) * self.scale) @ up.mT
+        if count_of(x) >= self.gains.shape[0]:
+            up, down = self._factors()
+            return ((x @ down.mT) * self.scale) @ up.mT
+        gains, large = self.gains.mT * self.scale, self._flat_large()
+        if self.wide:
+            inside = (self._grid(x @ large) * gains) @ self.small
+            return namespace(x).sum(inside * self.columns, axis=-2)
+        inside = (x[..., None, :] * self.columns) @ self.small.mT
+        return self._flat(inside * gains) @ large.mT
 
     def _factors(self) -> tuple[Array, Array]:
-        left, right = self._paired()
-        return (right.mT, left.mT) if self.wide else (left, right)
-
-    def _paired(self) -> tuple[Array, Array]:
-        """Factors ``(l, N r)`` and ``(N r, k)``: the second index of both runs over ``(j, i)``."""
-        xp = namespace(self.small)
-        grid = self.gains.mT[:, :, None] * self.small * self.columns[:, None, :]
-        return self._flat_large(), xp.reshape(grid, (-1, self.small.shape[1]))
+        """Products with ``large``, and with all the rest."""
+        rest = self.columns.mT[:, :, None] * self.small.mT[:, None, :] * self.gains.mT
+        left, right = self._flat_large(), self._flat(rest)
+        return (right, left.mT) if self.wide else (left, right.mT)
 
     def _flat_large(self) -> Array:
         return namespace(self.large).reshape(self.large, (self.large.shape[0], -1))
+
+    def _flat(self, z: Array) -> Array:
+        """From ``(..., N, r)`` to ``(..., N r)``, in the order of the columns of the large side."""
+        return namespace(z).reshape(z, (*z.shape[:-2], -1))
+
+    def _grid(self, z: Array) -> Array:
+        """The inverse of :meth:`_flat`."""
+        return namespace(z).reshape(z, (*z.shape[:-1], *self.gains.shape[::-1]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,10 +159,11 @@ class PositionalRandomSum(RandomSum):
         draws it in half precision, of a kind that depends on the machine.
     """
 
-    def _paired(self) -> tuple[Array, Array]:
-        xp = namespace(self.small)
-        grid = self.gains[:, :, None] * self.small[:, None, :] * self.columns
-        return self._flat_large(), xp.reshape(grid, (-1, self.small.shape[1]))
+    def _flat(self, z: Array) -> Array:
+        return super()._flat(z.mT)
+
+    def _grid(self, z: Array) -> Array:
+        return namespace(z).reshape(z, (*z.shape[:-1], *self.gains.shape)).mT
 
 
 def random_basis(weight: Like, rank: int, *, rng: RNG = None) -> Basis:
