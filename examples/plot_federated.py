@@ -21,7 +21,7 @@ import numpy as np
 
 import lowrank_sp as lr
 from lowrank_sp.adapters import federated
-from lowrank_sp.adapters.pair import Pair
+from lowrank_sp.adapters.forms import Product
 
 m, n, r, count = 60, 50, 4, 8
 rng = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def trained(adapter, base, target, frozen, steps, rate=0.15):
         up_step, down_step = gap @ down.T, up.T @ gap
         up = up if frozen == "up" else up - rate * up_step
         down = down if frozen == "down" else down - rate * down_step
-    return Pair(up, down, adapter.scale)
+    return Product(up, down, adapter.scale)
 
 
 # %%
@@ -75,7 +75,7 @@ def run(name, steps, rounds=40):
     draws = np.random.default_rng(1)
 
     def fresh():
-        return Pair(np.zeros((m, r)), draws.standard_normal((r, n)) / n**0.5)
+        return Product(np.zeros((m, r)), draws.standard_normal((r, n)) / n**0.5)
 
     adapter, base, errors, distances = fresh(), np.zeros((m, n)), [], []
     for k in range(rounds):

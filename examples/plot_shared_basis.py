@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lowrank_sp import Stop
-from lowrank_sp.adapters.pair import Pair
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.serving import jd_clustered, jd_diag, jd_full
 
 m, n, r, common = 512, 384, 8, 12
@@ -36,7 +36,7 @@ def family(count):
         down = rng.standard_normal((r, common)) @ right / common**0.5
         up = up + 0.35 * rng.standard_normal((m, r)) / m**0.5
         down = down + 0.35 * rng.standard_normal((r, n)) / n**0.5
-        found.append(Pair(up, down, 2.0))
+        found.append(Product(up, down, 2.0))
     return found
 
 

@@ -9,7 +9,7 @@ from cases import gaussian
 from peft import PeftModel
 from torch import nn
 
-from lowrank_sp.adapters.pair import Pair
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.quantize import nf4
 from lowrank_sp.adapters.serving import AdapterBank
 from lowrank_sp.checkpoint import CheckpointError, read_bank, write_bank
@@ -23,7 +23,7 @@ def banks(dtype=np.float32):
     for seed, (module, (m, n)) in enumerate(SIZES.items()):
         found[module] = AdapterBank.of(
             {
-                name: Pair(
+                name: Product(
                     gaussian(m, k + 2, seed=10 * seed + k, dtype=dtype),
                     gaussian(k + 2, n, seed=10 * seed + k + 5, dtype=dtype),
                     0.5 * (k + 1),
@@ -114,7 +114,7 @@ def test_adapters_of_other_bases_and_shapes_are_named(tmp_path):
         json.dumps({**config, "base_model_name_or_path": "this"})
     )
     assert read_bank({"ann": one, "bob": two})["first"].names == ("ann", "bob")
-    wrong = {"first": AdapterBank.of({"bob": Pair(np.ones((16, 1)), np.ones((1, 13)))})}
+    wrong = {"first": AdapterBank.of({"bob": Product(np.ones((16, 1)), np.ones((1, 13)))})}
     three = write_bank(tmp_path / "three", wrong, base="this")["bob"]
     with pytest.raises(CheckpointError, match=r"first: all factors must have one dtype"):
         read_bank({"ann": one, "bob": three})

@@ -1,6 +1,7 @@
 """Laws of federated aggregation: every formula against dense means, exactness, errors, refusals."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from lowrank_sp import LowRank
 from lowrank_sp._arrays import to_host
 from lowrank_sp.adapters import federated
 from lowrank_sp.adapters.federated import Aggregate
-from lowrank_sp.adapters.pair import Pair
+from lowrank_sp.adapters.forms import Product
 
 M, N, RANK, CLIENTS, SCALE = 24, 18, 3, 4, 2.0
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
@@ -26,18 +27,18 @@ def clients(dtype=np.float64, *, frozen=None, ranks=(RANK,) * CLIENTS, spread=0.
             common = gaussian(*size, seed=len(part), dtype=dtype)
             own = gaussian(*size, seed=100 + 7 * k + len(part), dtype=dtype)
             pair.append(common if part == frozen else (common + spread * own).astype(dtype))
-        found.append(Pair(*pair, SCALE))
+        found.append(Product(*pair, SCALE))
     return found
 
 
 def on(xp, pairs):
-    return [Pair(xp.asarray(p.up), xp.asarray(p.down), p.scale) for p in pairs]
+    return [Product(xp.asarray(p.up), xp.asarray(p.down), p.scale) for p in pairs]
 
 
 def dense(thing):
     if isinstance(thing, Aggregate):
         return dense(thing.update())
-    if isinstance(thing, Pair):
+    if isinstance(thing, Product):
         wide = np.result_type(to_host(thing.up), np.float64)
         return thing.scale * to_host(thing.up).astype(wide) @ to_host(thing.down).astype(wide)
     wide = np.result_type(to_host(thing.left), np.float64)
@@ -109,7 +110,7 @@ def test_the_formula_and_its_error_are_those_of_dense_matrices(name, dtype, xp):
     aggregate = method(on(xp, pairs), WEIGHTS)
     exact = clients(np.complex128 if np.iscomplexobj(pairs[0].up) else np.float64, frozen=frozen)
     exact = [
-        Pair(p.up.astype(e.up.dtype), p.down.astype(e.up.dtype), SCALE)
+        Product(p.up.astype(e.up.dtype), p.down.astype(e.up.dtype), SCALE)
         for p, e in zip(pairs, exact, strict=True)
     ]
     size = np.linalg.norm(ideal(exact))
@@ -174,7 +175,7 @@ def test_equal_weights_are_the_default():
 def test_ranks_and_scales_of_clients_may_differ():
     ranks = (1, 2, 4, 5)
     pairs = [
-        Pair(p.up, p.down, scale)
+        Product(p.up, p.down, scale)
         for p, scale in zip(clients(ranks=ranks), (1.0, 2.0, -0.5, 4.0), strict=True)
     ]
     want = ideal(pairs)
@@ -222,7 +223,7 @@ def test_errors_of_few_clients_of_a_large_layer():
 
 
 def test_half_precision_is_computed_in_single():
-    pairs = [Pair(p.up.astype(np.float16), p.down.astype(np.float16), SCALE) for p in clients()]
+    pairs = [Product(p.up.astype(np.float16), p.down.astype(np.float16), SCALE) for p in clients()]
     aggregate = federated.fedit(pairs, WEIGHTS)
     assert aggregate.adapter.up.dtype == np.float32
     assert np.isclose(aggregate.error, np.linalg.norm(dense(aggregate) - ideal(pairs)), rtol=1e-5)
@@ -230,7 +231,7 @@ def test_half_precision_is_computed_in_single():
 
 def test_lora_fair_of_a_factor_without_full_rank():
     pairs = clients()
-    pairs = [Pair(p.up, p.down * np.array([[1.0], [1.0], [0.0]]), SCALE) for p in pairs]
+    pairs = [Product(p.up, p.down * np.array([[1.0], [1.0], [0.0]]), SCALE) for p in pairs]
     aggregate = federated.lora_fair(pairs, WEIGHTS, regularization=0.0)
     down = mean(pairs, "down")
     fitted = ideal(pairs) @ np.linalg.pinv(down) @ down
@@ -254,7 +255,7 @@ def test_a_hundred_clients_need_no_array_of_the_size_of_the_weight():
     m = n = 1500
     rng = np.random.default_rng(0)
     pairs = [
-        Pair(*(rng.standard_normal(s, dtype=np.float32) for s in ((m, 1), (1, n))))
+        Product(*(rng.standard_normal(s, dtype=np.float32) for s in ((m, 1), (1, n))))
         for _ in range(100)
     ]
     tracemalloc.start()
@@ -269,7 +270,10 @@ def test_a_hundred_clients_need_no_array_of_the_size_of_the_weight():
 def changed(k, **parts):
     pairs = clients()
     old = pairs[k]
-    pairs[k] = Pair(*(parts.get(name, getattr(old, name)) for name in ("up", "down", "scale")))
+    # Not a product, which would refuse factors that do not fit itself.
+    pairs[k] = SimpleNamespace(
+        **{name: parts.get(name, getattr(old, name)) for name in ("up", "down", "scale")}
+    )
     return pairs
 
 
@@ -278,7 +282,11 @@ REFUSED = {
     "rank": (clients(ranks=(3, 3, 2, 3)), WEIGHTS, "one rank, got 3 and, of client 2, 2"),
     "scale": (changed(1, scale=1.0), WEIGHTS, "one scale, got 2.0 and, of client 1, 1.0"),
     "scale 0": (changed(1, scale=0.0), WEIGHTS, "one scale"),
-    "dtype": (changed(3, up=np.ones((M, RANK), np.float32)), WEIGHTS, "client 3, float32"),
+    "dtype": (
+        changed(3, up=np.ones((M, RANK), np.float32)),
+        WEIGHTS,
+        "of client 3 must have one dtype",
+    ),
     "factors": (changed(1, up=np.ones((M, 2))), WEIGHTS, "factors of client 1 must have shapes"),
     "nan": (changed(1, up=np.full((M, RANK), np.nan)), WEIGHTS, "client 1 must be finite"),
     "sum": (clients(), [1.0, 1, 1, 1], "sum to 1, got 4; divide them by their sum"),
@@ -308,4 +316,4 @@ def test_more_that_is_refused():
     with pytest.raises(ValueError, match="regularization must be finite"):
         federated.lora_fair(pairs, WEIGHTS, regularization=-1.0)
     with pytest.raises(ValueError, match="scales must be finite and not 0"):
-        federated.flora([Pair(p.up, p.down, 0.0) for p in pairs])
+        federated.flora([Product(p.up, p.down, 0.0) for p in pairs])

@@ -1,12 +1,14 @@
 """Laws of serving: banks against one pass an adapter, shared bases against dense decompositions."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from cases import gaussian
 
 from lowrank_sp import LowRank, Stop
-from lowrank_sp.adapters.pair import Pair
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.quantize import double, int_symmetric, nf4
 from lowrank_sp.adapters.serving import (
     AdapterBank,
@@ -27,7 +29,7 @@ RANKS = (3, 1, 5, 3, 2, 3, 3)
 
 def adapters(ranks=RANKS, dtype=np.float64, shape=(M, N)):
     return [
-        Pair(
+        Product(
             gaussian(shape[0], r, seed=2 * k, dtype=dtype),
             gaussian(r, shape[1], seed=2 * k + 1, dtype=dtype),
             (1.0, 0.5, -2.0)[k % 3],
@@ -37,7 +39,7 @@ def adapters(ranks=RANKS, dtype=np.float64, shape=(M, N)):
 
 
 def on(xp, pairs):
-    return [Pair(xp.asarray(p.up), xp.asarray(p.down), p.scale) for p in pairs]
+    return [Product(xp.asarray(p.up), xp.asarray(p.down), p.scale) for p in pairs]
 
 
 def one_pass_each(pairs, x, ids):
@@ -109,7 +111,7 @@ def test_gradients_of_a_batch():
     ids = np.minimum(ids, 2)
     x = torch.tensor(gaussian(len(ids), N), requires_grad=True)
     factors = [torch.tensor(f, requires_grad=True) for p in pairs for f in (p.up, p.down)]
-    batch = [Pair(*factors[2 * k : 2 * k + 2], p.scale) for k, p in enumerate(pairs)]
+    batch = [Product(*factors[2 * k : 2 * k + 2], p.scale) for k, p in enumerate(pairs)]
     weight = torch.tensor(gaussian(len(ids), M, seed=9))
 
     def grads(y):
@@ -124,20 +126,22 @@ def test_gradients_of_a_batch():
 
 @pytest.mark.usefixtures("strategy")
 def test_half_precision_is_computed_in_single():
-    pairs = [Pair(p.up.astype(np.float16), p.down.astype(np.float16), p.scale) for p in adapters()]
+    pairs = [
+        Product(p.up.astype(np.float16), p.down.astype(np.float16), p.scale) for p in adapters()
+    ]
     ids = BATCHES["random"]
     x = gaussian(len(ids), N).astype(np.float16)
     served = AdapterBank.of(pairs)
     assert served.down.dtype == np.float16
     found = served.apply(x, ids)
-    wide = [Pair(p.up.astype(float), p.down.astype(float), p.scale) for p in pairs]
+    wide = [Product(p.up.astype(float), p.down.astype(float), p.scale) for p in pairs]
     expected = one_pass_each(wide, x.astype(float), ids)
     assert found.dtype == np.float16
     assert np.all(abs(found - expected) <= 2**-10 * abs(expected) + 1e-5)
     single = served.apply(x.astype(np.float32), ids)
     assert np.linalg.norm(single - expected) <= 1e-6 * np.linalg.norm(expected)
     brain = AdapterBank.of(
-        [Pair(*(torch.tensor(f).bfloat16() for f in (p.up, p.down)), p.scale) for p in pairs]
+        [Product(*(torch.tensor(f).bfloat16() for f in (p.up, p.down)), p.scale) for p in pairs]
     )
     y = brain.apply(torch.tensor(x).bfloat16(), ids).float().numpy()
     assert np.linalg.norm(y - expected) <= 2**-6 * np.linalg.norm(expected)
@@ -192,11 +196,14 @@ def test_a_bank_gives_its_adapters_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b": Pair(np.ones((M, 2)), np.ones((2, N + 1)))}, "one shape, got .* of adapter b, "),
-        ({"b": Pair(np.ones((M, 2)), np.ones((3, N)))}, "factors of adapter b must have shapes"),
-        ({"b": Pair(*(np.ones(s, np.float32) for s in ((M, 1), (1, N))))}, "adapter b, float32"),
+        ({"b": Product(np.ones((M, 2)), np.ones((2, N + 1)))}, "one shape, got .* of adapter b, "),
+        (
+            {"b": SimpleNamespace(up=np.ones((M, 2)), down=np.ones((3, N)), scale=1.0)},
+            "factors of adapter b must have shapes",
+        ),
+        ({"b": Product(*(np.ones(s, np.float32) for s in ((M, 1), (1, N))))}, "adapter b, float32"),
         ({"b": 3.0}, "adapter b must have up, down and scale"),
-        ({"b": Pair(torch.ones((M, 2)), torch.ones((2, N)))}, "one array library"),
+        ({"b": Product(torch.ones((M, 2)), torch.ones((2, N)))}, "one array library"),
     ],
 )
 def test_adapters_that_do_not_fit_are_named(change, message):
@@ -237,7 +244,7 @@ def related(count=12, ranks=(3, 2), common=4, noise=0.3, dtype=np.float64, seed=
         down = gaussian(r, common, seed=seed + 50 + k, dtype=dtype) @ right
         up = up + noise * gaussian(m, r, seed=seed + 90 + k, dtype=dtype)
         down = down + noise * gaussian(r, n, seed=seed + 130 + k, dtype=dtype)
-        found.append(Pair(up.astype(dtype), down.astype(dtype), 2.0 ** (k % 5)))
+        found.append(Product(up.astype(dtype), down.astype(dtype), 2.0 ** (k % 5)))
     return found
 
 
@@ -333,7 +340,7 @@ def test_shared_spaces_are_found():
     assert jd_full(pairs, rank=4).value.error <= 1e-13
     assert jd_full(pairs, rank=3).value.error > 1e-3
     diagonal = [
-        Pair(p.up[:, :2] * (k + 1.0), p.down[:2] * np.array([[1.0], [k - 4.5]]), 1.0)
+        Product(p.up[:, :2] * (k + 1.0), p.down[:2] * np.array([[1.0], [k - 4.5]]), 1.0)
         for k, p in enumerate([related()[0]] * 8)
     ]
     assert jd_diag(diagonal, rank=2, rng=0).value.error <= 1e-10
@@ -404,21 +411,21 @@ def test_solvers_go_on_from_an_answer(name):
 def test_norms_count_only_when_they_should():
     """One adapter far larger than the others decides the bases, unless all are normalized."""
     pairs = related(10)
-    pairs[0] = Pair(1e3 * gaussian(M, 2, seed=77), gaussian(2, N, seed=78), 1.0)
+    pairs[0] = Product(1e3 * gaussian(M, 2, seed=77), gaussian(2, N, seed=78), 1.0)
     alike = jd_full(pairs, rank=2).value.relative_errors
     by_norm = jd_full(pairs, rank=2, normalize=False).value.relative_errors
     assert by_norm[0] < 1e-2 < alike[0]
     assert np.mean(by_norm[1:]) > np.mean(alike[1:])
-    zero = [*related(4), Pair(np.zeros((M, 1)), np.zeros((1, N)))]
+    zero = [*related(4), Product(np.zeros((M, 1)), np.zeros((1, N)))]
     assert jd_full(zero, rank=2).value.relative_errors[-1] == 0.0
 
 
 def test_what_compression_refuses():
     pairs = related()
     with pytest.raises(ValueError, match=r"one shape, got .* of adapter 12, "):
-        jd_full([*pairs, Pair(np.ones((M, 1)), np.ones((1, N + 2)))], rank=2)
+        jd_full([*pairs, Product(np.ones((M, 1)), np.ones((1, N + 2)))], rank=2)
     with pytest.raises(ValueError, match="finite, got NaN or infinite entries in adapter 1"):
-        jd_diag([pairs[0], Pair(np.full((M, 1), np.nan), np.ones((1, N)))], rank=2)
+        jd_diag([pairs[0], Product(np.full((M, 1), np.nan), np.ones((1, N)))], rank=2)
     with pytest.raises(ValueError, match=r"rank must be in 1\.\.20 for shape 24 x 20, got 21"):
         jd_full(pairs, rank=N + 1)
     with pytest.raises(ValueError, match=r"clusters must be in 1\.\.12 for 12 adapters, got 13"):

@@ -1,7 +1,12 @@
-"""The LoRA side: initializers of adapter factors."""
+"""The LoRA side: forms of adapters, where they start, their algebra, and what is done with many."""
 
 from lowrank_sp.adapters import algebra as algebra
+from lowrank_sp.adapters import catalog as catalog
+from lowrank_sp.adapters import compensate as compensate
+from lowrank_sp.adapters import compress as compress
 from lowrank_sp.adapters import federated as federated
+from lowrank_sp.adapters import forms as forms
+from lowrank_sp.adapters import initializers as initializers
 from lowrank_sp.adapters import serving as serving
 from lowrank_sp.adapters.initializers import CALIBRATED as CALIBRATED
 from lowrank_sp.adapters.initializers import INITIALIZERS as INITIALIZERS
@@ -31,7 +36,6 @@ from lowrank_sp.adapters.initializers import orthogonal as orthogonal
 from lowrank_sp.adapters.initializers import pissa as pissa
 from lowrank_sp.adapters.initializers import qpissa as qpissa
 from lowrank_sp.adapters.initializers import weighted as weighted
-from lowrank_sp.adapters.pair import Pair as Pair
 from lowrank_sp.adapters.quantize import Quantized as Quantized
 from lowrank_sp.adapters.quantize import double as double
 from lowrank_sp.adapters.quantize import fp8_e4m3 as fp8_e4m3
@@ -41,4 +45,6 @@ from lowrank_sp.adapters.quantize import int_symmetric as int_symmetric
 from lowrank_sp.adapters.quantize import nf4 as nf4
 from lowrank_sp.adapters.statistics import InputPCA as InputPCA
 from lowrank_sp.adapters.statistics import MeanGradient as MeanGradient
+from lowrank_sp.adapters.statistics import MeanMagnitude as MeanMagnitude
+from lowrank_sp.adapters.statistics import MeanSquare as MeanSquare
 from lowrank_sp.adapters.statistics import SecondMoment as SecondMoment

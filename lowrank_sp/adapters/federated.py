@@ -29,7 +29,9 @@ from lowrank_sp._arrays import (
     namespace,
     slices,
 )
-from lowrank_sp.adapters.pair import Pair, check_alike, pairs_of
+from lowrank_sp.adapters._products import check_alike, products_of
+from lowrank_sp.adapters.algebra.sums import weighted_sum
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.factors import SVD, LowRank, check_rank
 from lowrank_sp.linalg.svd import truncated_svd
 
@@ -43,7 +45,7 @@ class Aggregate:
 
     Attributes
     ----------
-    adapter : Pair or None
+    adapter : Product or None
         The adapter from which a client goes on; None where it begins a new one.
     correction : LowRank or None
         What a client adds to its base weight.
@@ -51,7 +53,7 @@ class Aggregate:
         Frobenius norm of ``D* - update()``, computed from factors.
     """
 
-    adapter: Pair | None
+    adapter: Product | None
     correction: LowRank | None
     error: float
 
@@ -74,8 +76,8 @@ def fedit(adapters: Sequence[Any], weights: Sequence[float] | None = None) -> Ag
     ----------
     adapters : sequence
         One per client, of one shape, rank, scale, dtype and array library:
-        :class:`~lowrank_sp.adapters.pair.Pair`, anything else with ``up``, ``down`` and ``scale``,
-        or a ``LowRank`` (of scale 1).
+        :class:`~lowrank_sp.adapters.forms.Product`, anything else with ``up``, ``down`` and
+        ``scale``, or a ``LowRank`` (of scale 1).
     weights : sequence of float, optional
         ``p_k``: not negative, of sum 1. By default all equal.
 
@@ -94,7 +96,7 @@ def fedit(adapters: Sequence[Any], weights: Sequence[float] | None = None) -> Ag
     --------
     >>> import numpy as np
     >>> one, two = np.eye(2)[:, :1], np.eye(2)[:, 1:]
-    >>> a = fedit([Pair(one, one.T), Pair(two, two.T)])
+    >>> a = fedit([Product(one, one.T), Product(two, two.T)])
     >>> a.adapter.up[:, 0], a.error
     (array([0.5, 0.5]), 0.5)
     """
@@ -311,9 +313,9 @@ def _round(
     adapters: Sequence[Any],
     weights: Sequence[float] | None,
     alike: Sequence[str] = ("rank", "scale"),
-) -> tuple[list[Pair], list[float]]:
+) -> tuple[list[Product], list[float]]:
     """The clients in their compute dtype and their weights, checked."""
-    clients = pairs_of(list(adapters), "client")
+    clients = products_of(list(adapters), "client")
     check_alike(clients, "client", ("shape", *alike))
     for k, client in enumerate(clients):
         if not math.isfinite(max_abs(client.up) + max_abs(client.down)):
@@ -333,7 +335,7 @@ def _round(
     return clients, p
 
 
-def _mean(clients: Sequence[Pair], p: Sequence[float]) -> Pair:
+def _mean(clients: Sequence[Product], p: Sequence[float]) -> Product:
     """The means of both factors."""
 
     def mean(factors: Sequence[Array]) -> Array:
@@ -343,28 +345,18 @@ def _mean(clients: Sequence[Pair], p: Sequence[float]) -> Pair:
         return total
 
     up, down = mean([c.up for c in clients]), mean([c.down for c in clients])
-    return Pair(up, down, clients[0].scale)
+    return Product(up, down, clients[0].scale)
 
 
-def _ideal(clients: Sequence[Pair], p: Sequence[float]) -> LowRank:
+def _ideal(clients: Sequence[Product], p: Sequence[float]) -> LowRank:
     """``D*``, of rank ``R``."""
-    return _side_by_side([(c.up, w * c.scale * c.down) for c, w in zip(clients, p, strict=True)])
+    return weighted_sum([client.delta() for client in clients], p)
 
 
-def _bias(clients: Sequence[Pair], p: Sequence[float], mean: Pair) -> LowRank:
+def _bias(clients: Sequence[Product], p: Sequence[float], mean: Product) -> LowRank:
     """``D*`` minus the product of the means, as a covariance: nothing cancels."""
-    return _side_by_side(
-        [
-            (c.up - mean.up, w * c.scale * (c.down - mean.down))
-            for c, w in zip(clients, p, strict=True)
-        ]
-    )
-
-
-def _side_by_side(parts: Sequence[tuple[Array, Array]]) -> LowRank:
-    xp = namespace(parts[0][0])
-    lefts, rights = zip(*parts, strict=True)
-    return LowRank(xp.concat(lefts, axis=1), xp.concat(rights, axis=0))
+    moved = [Product(c.up - mean.up, c.down - mean.down, c.scale) for c in clients]
+    return _ideal(moved, p)
 
 
 def _leading(a: LowRank, rank: int, rng: RNG) -> SVD:
@@ -378,10 +370,10 @@ def _leading(a: LowRank, rank: int, rng: RNG) -> SVD:
     return replace(f, error=_norm(LowRank(left, a.right)))
 
 
-def _balanced(f: SVD, scale: float) -> Pair:
+def _balanced(f: SVD, scale: float) -> Product:
     pair = f.split()
     root = abs(scale) ** -0.5
-    return Pair(pair.left * math.copysign(root, scale), pair.right * root, scale)
+    return Product(pair.left * math.copysign(root, scale), pair.right * root, scale)
 
 
 def _norm(a: LowRank) -> float:

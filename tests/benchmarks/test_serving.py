@@ -15,7 +15,7 @@ from torch import nn
 
 from lowrank_sp import Stop
 from lowrank_sp.adapters import federated
-from lowrank_sp.adapters.pair import Pair
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.quantize import int_symmetric, nf4
 from lowrank_sp.adapters.serving import AdapterBank, jd_clustered, jd_diag, jd_full
 
@@ -31,7 +31,7 @@ def adapters(count, *, common=0, seed=0):
 
     left, right = normal(WIDTH, common), normal(common, WIDTH)
     return [
-        Pair(
+        Product(
             (normal(WIDTH, RANK) + left @ normal(common, RANK) / max(1, common) ** 0.5) / 64,
             (normal(RANK, WIDTH) + normal(RANK, common) @ right / max(1, common) ** 0.5) / 64,
             2.0,
@@ -57,7 +57,7 @@ def batch():
 
 
 def in_torch(pairs):
-    return [Pair(torch.tensor(p.up), torch.tensor(p.down), p.scale) for p in pairs]
+    return [Product(torch.tensor(p.up), torch.tensor(p.down), p.scale) for p in pairs]
 
 
 def one_pass_each(pairs, x, ids):

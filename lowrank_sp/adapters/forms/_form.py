@@ -139,6 +139,11 @@ class Product(Form):
         return cls(zeros((m, rank), like), kaiming_uniform((rank, n), like, rng), scale)
 
     @property
+    def rank(self) -> int:
+        """Columns of ``up``."""
+        return self.up.shape[1]
+
+    @property
     def rank_bound(self) -> int:
         return min(*self.up.shape, *self.down.shape)
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lowrank_sp._arrays import Array, compute_dtype, device, is_array, namespace
-from lowrank_sp.adapters.pair import Pair, check_alike, pairs_of
+from lowrank_sp.adapters._products import check_alike, products_of
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.serving.rows import Part, assembled, decoded, host_ids, segments, take
 
 # Where rows of a segment and of its product have no more numbers than this, copies into tiles cost
@@ -35,7 +36,7 @@ class AdapterBank:
     Examples
     --------
     >>> import numpy as np
-    >>> one, two = Pair(np.ones((3, 1)), np.ones((1, 2))), Pair(np.eye(3, 2), np.eye(2), 10.0)
+    >>> one, two = Product(np.ones((3, 1)), np.ones((1, 2))), Product(np.eye(3, 2), np.eye(2), 10.0)
     >>> bank = AdapterBank.of({"one": one, "two": two})
     >>> bank
     AdapterBank(2 adapters of 3 x 2, ranks 1..2, float64)
@@ -58,7 +59,7 @@ class AdapterBank:
         Parameters
         ----------
         adapters : mapping or sequence
-            :class:`~lowrank_sp.adapters.pair.Pair`, anything else with ``up``, ``down`` and
+            :class:`~lowrank_sp.adapters.forms.Product`, anything else with ``up``, ``down`` and
             ``scale``, or ``LowRank``; of one shape, dtype and array library.
 
         Raises
@@ -69,7 +70,7 @@ class AdapterBank:
         if not isinstance(adapters, Mapping):
             adapters = {str(k): adapter for k, adapter in enumerate(adapters)}
         names = tuple(adapters)
-        pairs = pairs_of(list(adapters.values()), "adapter", names, widen=False)
+        pairs = products_of(list(adapters.values()), "adapter", names, widen=False)
         check_alike(pairs, "adapter", ("shape",), names)
         ranks = tuple(pair.rank for pair in pairs)
         stored = [pairs[k] for k in np.argsort(ranks, kind="stable")]
@@ -103,13 +104,13 @@ class AdapterBank:
         starts[order] = np.cumsum([0, *np.asarray(self.ranks)[order][:-1]])
         return tuple(starts.tolist())
 
-    def __getitem__(self, key: int | str) -> Pair:
+    def __getitem__(self, key: int | str) -> Product:
         """One adapter by its id or name, decoded where the bank is quantized."""
         k = self._id(key) if isinstance(key, str) else range(len(self))[key]
         down, up = self._factors(k)
-        return Pair(up.mT, down, self.scales[k])
+        return Product(up.mT, down, self.scales[k])
 
-    def items(self) -> Iterator[tuple[str, Pair]]:
+    def items(self) -> Iterator[tuple[str, Product]]:
         """Names and adapters, in the order of the ids."""
         return ((name, self[k]) for k, name in enumerate(self.names))
 

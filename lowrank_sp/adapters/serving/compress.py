@@ -40,8 +40,8 @@ def jd_full(
     Parameters
     ----------
     adapters : sequence
-        :class:`~lowrank_sp.adapters.pair.Pair`, anything else with ``up``, ``down`` and ``scale``,
-        or ``LowRank``; of one shape, dtype and array library, of any ranks.
+        :class:`~lowrank_sp.adapters.forms.Product`, anything else with ``up``, ``down`` and
+        ``scale``, or ``LowRank``; of one shape, dtype and array library, of any ranks.
     rank : int
         Columns ``k`` of the bases, in ``1..min(m, n)``.
     init : SharedAdapters, optional

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank_sp._arrays import Array, device, from_host, namespace, to_host
-from lowrank_sp.adapters.pair import check_alike, pairs_of
+from lowrank_sp.adapters._products import check_alike, products_of
 from lowrank_sp.adapters.serving.rows import assembled, host_ids, segments, take
 from lowrank_sp.factors import LowRank
 from lowrank_sp.tensors.alternating import moved
@@ -133,7 +133,7 @@ class Stack(NamedTuple):
 
     @classmethod
     def of(cls, adapters: Sequence[Any], normalize: bool) -> Stack:
-        pairs = pairs_of(list(adapters), "adapter")
+        pairs = products_of(list(adapters), "adapter")
         check_alike(pairs, "adapter", ("shape",))
         w = stacked([p.scale * LowRank(on_host(p.up), on_host(p.down)) for p in pairs])
         norms = to_host(w.norm()).astype(np.float64)
