@@ -3,6 +3,7 @@
 import io
 import math
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -184,6 +185,23 @@ def test_memory_of_the_state():
     state = optimizer.state[net[2].weight]
     assert sum(x.numel() for x in state.values() if x.ndim) == 3 * 64 * 4
     assert all(x.untyped_storage().nbytes() <= 3 * 64 * 64 * 8 for x in state.values())
+
+
+def test_compiled_step(monkeypatch):
+    # Traced as a whole, but not translated to machine code, which takes a minute.
+    graphs = []
+
+    def as_it_is(graph, inputs):  # noqa: ARG001
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is, fullgraph=True))
+    rule, net, expected = RULES["Fira"], Net(), Net()
+    train(expected, optimizer_of(expected, rule))
+    train(net, optimizer_of(net, rule, compile=True))
+    assert_same(net, expected)
+    # One for each shape of the batches, whatever the step.
+    assert len(graphs) == 3
 
 
 def test_zero_gradient_at_a_renewal_is_reported():

@@ -1,11 +1,10 @@
-"""Rules on one full weight whose history lies in a subspace: GaLore, Fira, APOLLO, LoQT."""
+"""Rules on one full weight whose history lies in a subspace: the protocol, and GaLore."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,11 +23,9 @@ from lowrank_sp.factors import check_rank
 from lowrank_sp.updates.moments import Adam, Moments, named, part
 from lowrank_sp.updates.projector import (
     Every,
-    Growing,
     Subspace,
     leading_subspace,
     overlap,
-    sketch,
 )
 from lowrank_sp.updates.rule import Scalar, State, nowhere, over, rounded, where
 from lowrank_sp.updates.slots import descend
@@ -112,7 +109,7 @@ class ProjectedRule(ABC):
             steps, and their random draws differ.
         count : int
         """
-        w = _short_first(as_compute(weight))
+        w = short_first(as_compute(weight))
         xp = namespace(w)
         s, long = w.shape[-2:]
         check_rank(self.rank, s, (s, long))
@@ -173,7 +170,7 @@ class ProjectedRule(ABC):
         grad : array, shape (..., m, n)
         state : dict of arrays
         """
-        g = _short_first(as_compute(grad))
+        g = short_first(as_compute(grad))
         xp = namespace(g)
         due = to_host(xp.asarray(self.due(state)))
         index, renewals = (to_host(xp.asarray(state[name])) for name in ("index", "renewals"))
@@ -224,7 +221,7 @@ class ProjectedRule(ABC):
         self, weight: Array, grad: Array, state: State, *, lr: Scalar = None
     ) -> tuple[Array, State]:
         """The step in the subspace at hand; takes and returns what :meth:`step` does."""
-        w, g = as_compute(weight), _short_first(as_compute(grad))
+        w, g = as_compute(weight), short_first(as_compute(grad))
         lr = over(self.lr if lr is None else lr)
         coordinates = adjoint(state["basis"]) @ g
         step = state["step"] + 1
@@ -320,204 +317,11 @@ class GaLore(ProjectedRule):
         return state["basis"] @ adapted, {}
 
 
-@dataclass(frozen=True)
-class Fira(GaLore):
-    r"""Fira :cite:p:`chen2024fira`: GaLore, and what of the gradient it leaves out, scaled alike.
-
-    .. math:: W \leftarrow W - \eta \alpha \bigl( P\, \mathrm{Adam}(R) + S \bigr), \quad
-              S = (G - P R)\, \mathrm{diag}(\varphi), \quad
-              \varphi_j = \lVert \mathrm{Adam}(R)_j \rVert / \lVert R_j \rVert
-
-    over the columns ``j`` of ``R = P^H G``, or the rows of the gradient for ``m >= n``.
-
-    Parameters
-    ----------
-    rank, lr, scale, when, moments, weight_decay, seed, tol, transport
-        As in :class:`GaLore`.
-    growth : float
-        ``||S||_F`` may grow by this factor from step to step; beyond, ``S`` is scaled down.
-
-    Notes
-    -----
-    ``6 m n r`` flops a step. The state has one number more, ``"norm"``.
-    """
-
-    scale: float = 1.0
-    growth: float = 1.01
-
-    def init(self, weight: Array, *, index: Any = 0, count: int = 1) -> State:
-        state = super().init(weight, index=index, count=count)
-        return {**state, "norm": 0 * state["angle"]}
-
-    def _direction(
-        self, g: Array, coordinates: Array, adapted: Array, state: State
-    ) -> tuple[Array, State]:
-        basis = state["basis"]
-        rest = (g - basis @ coordinates) * _gain(adapted, coordinates, -2)
-        rest, norm = _limited(rest, state["norm"], self.growth)
-        return basis @ adapted + rest, {"norm": norm}
-
-
-@dataclass(frozen=True)
-class APOLLO(ProjectedRule):
-    r"""APOLLO :cite:p:`zhu2024apollo`: the gradient, scaled by channels as Adam scales a sketch.
-
-    .. math:: W \leftarrow W - \eta \alpha\, G\, \mathrm{diag}(\varphi), \qquad
-              \varphi_j = \lVert \mathrm{Adam}(R)_j \rVert / \lVert R_j \rVert
-
-    over the columns ``j`` of ``R = P^H G``, or the rows of the gradient for ``m >= n``. ``P`` is
-    Gaussian, drawn anew from a seed at each renewal; there is no SVD.
-
-    Parameters
-    ----------
-    rank, lr, scale, when, moments, weight_decay, seed
-        As in :class:`ProjectedRule`. ``scale`` is the square root of the published factor.
-    growth : float
-        The norm of the direction may grow by this factor from step to step.
-
-    Notes
-    -----
-    ``2 m n r`` flops a step. State as of GaLore; the sketch, which the seed determines, is kept so
-    that a step draws no random numbers.
-    """
-
-    growth: float = 1.01
-
-    #: Axes of the coordinates that share one factor.
-    shared: ClassVar[Any] = -2
-
-    def init(self, weight: Array, *, index: Any = 0, count: int = 1) -> State:
-        state = super().init(weight, index=index, count=count)
-        return {**state, "norm": 0 * state["angle"]}
-
-    def _look(self, g: Array, old: Array | None, rng: np.random.Generator) -> Subspace:  # noqa: ARG002
-        return Subspace(sketch(g, self.rank, rng=rng), 1.0, 0, False)
-
-    def _direction(
-        self, g: Array, coordinates: Array, adapted: Array, state: State
-    ) -> tuple[Array, State]:
-        direction = g * _gain(adapted, coordinates, self.shared)
-        direction, norm = _limited(direction, state["norm"], self.growth)
-        return direction, {"norm": norm}
-
-
-@dataclass(frozen=True)
-class APOLLOMini(APOLLO):
-    """APOLLO-Mini :cite:p:`zhu2024apollo`: one factor for a whole weight, from a sketch of rank 1.
-
-    Parameters
-    ----------
-    rank, lr, scale, when, moments, weight_decay, seed, growth
-        As in :class:`APOLLO`.
-
-    Notes
-    -----
-    State ``s + 2 l``: hardly more than that of plain gradient descent.
-    """
-
-    rank: int = 1
-    scale: float = 128**0.5
-
-    shared: ClassVar[Any] = (-2, -1)
-
-
-@dataclass(frozen=True)
-class LoQT(GaLore):
-    r"""LoQT :cite:p:`loeschcke2024loqt`: a quantized weight, and a factor that makes up for it.
-
-    ``W = Q + P B``, where only ``B`` moves, by Adam on ``P^H G``. At growing intervals the weight
-    is quantized anew and the factor takes up what of the rounding lies in its subspace,
-
-    .. math:: Q \leftarrow \mathrm{quantize}(W), \quad B \leftarrow P^H (W - Q),
-
-    which changes ``W`` by ``-(I - P P^H)(W - Q)`` only; likewise from the right for ``m >= n``.
-
-    Parameters
-    ----------
-    rank, lr, scale, moments, weight_decay, seed, tol, transport
-        As in :class:`GaLore`. Weight decay would move the quantized part, so it is zero by default.
-    when : Every
-        The intervals.
-    quantize : callable, optional
-        From a weight ``(..., m, n)`` to its quantized values, as floats. Without one there is no
-        rounding, and the rule is GaLore at growing intervals.
-
-    Notes
-    -----
-    The weight is kept as the sum, so ``Q`` and ``B`` are not in the state;
-    :func:`split_quantized` takes them apart for storage. ``"error"`` in the state is the relative
-    change of ``W`` at the last renewal.
-    """
-
-    when: Every = field(default_factory=Growing)
-    quantize: Callable[[Array], Array] | None = None
-
-    def init(self, weight: Array, *, index: Any = 0, count: int = 1) -> State:
-        state = super().init(weight, index=index, count=count)
-        return {**state, "error": 0 * state["angle"]}
-
-    def renew(self, weight: Array, choice: Choice, state: State) -> tuple[Array, State]:
-        weight, state = super().renew(weight, choice, state)
-        if self.quantize is None:
-            return weight, state
-        w = as_compute(weight)
-        base, factor = split_quantized(w, state["basis"], self.quantize)
-        made_up = state["basis"] @ factor
-        merged = base + (made_up if w.shape[-2] < w.shape[-1] else adjoint(made_up))
-        size = _norm(w)
-        xp = namespace(w)
-        error = _norm(merged - w) / xp.where(size > 0, size, xp.ones_like(size))
-        new = choice.due & ~choice.kept
-        weight = where(new, rounded(merged, weight), weight)
-        return weight, {**state, "error": where(new, error, state["error"])}
-
-
-def split_quantized(
-    weight: Array, basis: Array, quantize: Callable[[Array], Array]
-) -> tuple[Array, Array]:
-    """LoQT's two parts of a weight: ``Q = quantize(W)`` and ``B = P^H (W - Q)``.
-
-    Parameters
-    ----------
-    weight : array, shape (..., m, n)
-    basis : array, shape (..., s, r)
-        Orthonormal columns, on the shorter side of the weight.
-    quantize : callable
-
-    Returns
-    -------
-    (array, array)
-        ``Q (..., m, n)`` and ``B (..., r, l)``. ``Q + P B``, or ``Q + (P B)^H`` for ``m >= n``, is
-        the best approximation of ``W`` that this basis can reach from ``Q``.
-    """
-    base = quantize(weight)
-    return base, adjoint(basis) @ _short_first(weight - base)
-
-
-def _short_first(x: Array) -> Array:
+def short_first(x: Array) -> Array:
     """``x`` or its adjoint, whichever has no more rows than columns; square is turned."""
     return x if x.shape[-2] < x.shape[-1] else adjoint(x)
 
 
-def _norm(x: Array) -> Array:
+def norm_of(x: Array) -> Array:
     """Frobenius norms, shape (...)."""
     return namespace(x).sum(abs(x) ** 2, axis=(-2, -1)) ** 0.5
-
-
-def _gain(adapted: Array, coordinates: Array, shared: Any) -> Array:
-    """How much longer the moments have made each column, or the whole."""
-    xp = namespace(adapted)
-    after, before = (
-        xp.sum(abs(x) ** 2, axis=shared, keepdims=True) ** 0.5 for x in (adapted, coordinates)
-    )
-    return after / (before + 1e-8)
-
-
-def _limited(x: Array, last: Array, growth: float) -> tuple[Array, Array]:
-    """``x``, no longer than ``growth`` times the last one, and its norm."""
-    xp = namespace(x)
-    norm = _norm(x)
-    most = growth * last
-    above = (last > 0) & (norm > most)
-    factor = xp.where(above, most / xp.where(above, norm, xp.ones_like(norm)), xp.ones_like(norm))
-    return x * over(factor), norm * factor
