@@ -98,7 +98,7 @@ def train(model, x, target, steps=3):
 @cases
 def test_every_form_trains_and_merges(case):
     m, n = case.shape
-    model = attach(mlp(m, n), case.create, targets=["0"], rng=0)
+    model = attach(mlp(m, n), lambda w, rng: case.create(w, rng), targets=["0"], rng=0)
     layer, base = model[0], model[0].base
     form = layer.form()
     assert (
@@ -126,23 +126,18 @@ def form_of(layer):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_every_form_is_compiled(case):
     m, n = case.shape
-    model = attach(mlp(m, n), case.create, targets=["0"], rng=0)
+    model = attach(mlp(m, n), lambda w, rng: case.create(w, rng), targets=["0"], rng=0)
     with torch.no_grad():
         for p in trained(model).values():
             p.add_(0.1 * torch.randn(p.shape))
     x = torch.randn(20, n)
     torch._dynamo.reset()
-    whole = case.name not in NOT_IN_ONE_GRAPH
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=whole)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     model(x).square().sum().backward()
     compiled(x).square().sum().backward()
     close(compiled(x), model(x))
     for name, p in trained(model).items():
         close(compiled.get_parameter(f"_orig_mod.{name}").grad, p.grad)
-
-
-#: PyTorch breaks these into several graphs.
-NOT_IN_ONE_GRAPH = {"train matrix", "hadamard with the weight", "sine"}
 
 
 @layered_cases

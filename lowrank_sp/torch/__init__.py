@@ -11,6 +11,8 @@ from lowrank_sp.torch.attaching import attach_forms as attach_forms
 from lowrank_sp.torch.attaching import attach_shared as attach_shared
 from lowrank_sp.torch.collect import collect_gradients as collect_gradients
 from lowrank_sp.torch.collect import collect_inputs as collect_inputs
+from lowrank_sp.torch.factored import FactoredLinear as FactoredLinear
+from lowrank_sp.torch.factored import load_factored_ as load_factored_
 from lowrank_sp.torch.initialize import initialize_ as initialize_
 from lowrank_sp.torch.modules import Adapted as Adapted
 from lowrank_sp.torch.optim import FactorOptimizer as FactorOptimizer

@@ -214,8 +214,7 @@ def _arrays_of(model: nn.Module) -> dict[str, Tensor]:
             place = name.removesuffix(".adapter")
             found |= {f"{place}.{array_name}": array for array_name, array in module.own()}
         elif isinstance(module, Pool):
-            own = [*module.named_parameters(), *module.named_buffers()]
-            found |= {f"{name}.{number}": array for number, array in own}
+            found |= {f"{name}.{number}": array for number, array in module.named_buffers()}
     return found
 
 

@@ -31,8 +31,8 @@ def attach(
 
     A target is replaced by an :class:`~lowrank_sp.torch.modules.Adapted`, which holds the layer
     itself and the arrays of the form: the trained ones as parameters, the fixed ones as buffers.
-    Arrays that several layers have in common are registered once, at the model. A form that depends
-    on the weight refers to that of the layer.
+    Fixed arrays that several layers have in common are registered once, at the model. A form that
+    depends on the weight refers to that of the layer.
 
     Parameters
     ----------
@@ -251,24 +251,21 @@ def _check_group(names: Sequence[str], form: Any, shapes: Sequence[tuple[int, in
 def _pooled(
     pool: Pool, forms: Mapping[str, Form], likes: Mapping[str, Tensor]
 ) -> dict[str, dict[str, str]]:
-    """Register what several forms have in common; say for each which of its arrays are where."""
+    """Register the fixed arrays that several forms have; say for each which of its are where."""
     places = {
-        name: {
-            array_name: (_identity(array), array_name in form.parameters())
-            for array_name, array in form.arrays(Trained, Fixed).items()
-        }
+        name: {key: _identity(array) for key, array in form.arrays(Fixed).items()}
         for name, form in forms.items()
     }
-    counts = Counter(place for own in places.values() for place in own.values())
+    counts = Counter(place for own in places.values() for place in set(own.values()))
     keys: dict[Any, str] = {}
     links: dict[str, dict[str, str]] = {name: {} for name in forms}
     for name, own in places.items():
         arrays = forms[name].arrays()
-        for array_name, place in own.items():
+        for key, place in own.items():
             if counts[place] > 1:
                 if place not in keys:
-                    keys[place] = pool.add(arrays[array_name], likes[name], trained=place[1])
-                links[name][array_name] = keys[place]
+                    keys[place] = pool.add(arrays[key], likes[name])
+                links[name][key] = keys[place]
     return links
 
 

@@ -20,12 +20,12 @@ AnyForm = TypeVar("AnyForm", Form, LayeredForm)
 
 
 class Pool(nn.Module):
-    """Arrays that several forms have in common, under numbers."""
+    """Fixed arrays that several forms have in common, under numbers."""
 
-    def add(self, array: Any, like: Tensor, *, trained: bool) -> str:
+    def add(self, array: Any, like: Tensor) -> str:
         """Register an array, and return its name."""
-        name = str(len(self._parameters) + len(self._buffers))
-        _register(self, name, as_tensor(array, like), parameter=trained, trained=trained)
+        name = str(len(self._buffers))
+        self.register_buffer(name, as_tensor(array, like))
         return name
 
 
@@ -81,13 +81,12 @@ class Arrays(nn.Module, Generic[AnyForm]):
         for name, array in form.arrays().items():
             if roles[name.partition(".")[0]] is not Weight and name not in self._links:
                 # A frozen factor of a pair is a parameter, since optimizers of pairs ask for two.
-                _register(
-                    self,
-                    name,
-                    as_tensor(array, like),
-                    parameter=name in trained or name in factors,
-                    trained=name in trained,
-                )
+                tensor, attribute = as_tensor(array, like), _attribute(name)
+                if name in trained or name in factors:
+                    parameter = nn.Parameter(tensor, requires_grad=name in trained)
+                    self.register_parameter(attribute, parameter)
+                else:
+                    self.register_buffer(attribute, tensor)
         self._first = next(iter(trained))
 
     @property
@@ -267,12 +266,3 @@ def as_tensor(array: Any, like: Tensor) -> Tensor:
 def _attribute(name: str) -> str:
     """Name of an array as an attribute: modules allow no dots."""
     return name.replace(".", "_")
-
-
-def _register(
-    module: nn.Module, name: str, tensor: Tensor, *, parameter: bool, trained: bool
-) -> None:
-    if parameter:
-        module.register_parameter(_attribute(name), nn.Parameter(tensor, requires_grad=trained))
-    else:
-        module.register_buffer(_attribute(name), tensor)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
 
 from lowrank_sp._arrays import Array, dtype_name, namespace
@@ -51,15 +50,19 @@ else:
 NEW_CLASSES: list[Callable[[type], None]] = []
 
 
-@cache
 def _roles(cls: type) -> dict[str, tuple[type, str]]:
     """``(role, shape)`` of the array fields of a class, in order."""
+    # Kept on the class: torch.compile traces through functools.cache.
+    found = cls.__dict__.get("_found_roles")
+    if found is not None:
+        return found
     hints = get_type_hints(cls, include_extras=True)
     found = {}
     for field in fields(cls):
         marks = getattr(hints[field.name], "__metadata__", ())
         if marks and isinstance(marks[0], type) and issubclass(marks[0], _Role):
             found[field.name] = marks[:2]
+    type.__setattr__(cls, "_found_roles", found)
     return found
 
 
