@@ -15,6 +15,15 @@ NAMES = [
 ]
 WITH_EXAMPLES = {
     "lowrank_sp.adapters.forms.basis",
+    "lowrank_sp.adapters.forms.blocks",
+    "lowrank_sp.adapters.forms.chain",
+    "lowrank_sp.adapters.forms.compress",
+    "lowrank_sp.adapters.forms.hadamard",
+    "lowrank_sp.adapters.forms.khatri_rao",
+    "lowrank_sp.adapters.forms.kronecker",
+    "lowrank_sp.adapters.forms.pointwise",
+    "lowrank_sp.adapters.forms.random_sum",
+    "lowrank_sp.adapters.forms.sparse",
     "lowrank_sp.adapters.forms.budget",
     "lowrank_sp.adapters.forms.core",
     "lowrank_sp.adapters.forms.fixed_sides",

@@ -20,6 +20,7 @@ DOCS = Path(__file__).parent.parent / "docs"
         "federated.md",
         "serving.md",
         "forms-svd.md",
+        "forms-rank.md",
         "forms-layers.md",
     ],
 )

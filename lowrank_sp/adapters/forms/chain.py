@@ -18,7 +18,7 @@ class Chain(Form):
 
     .. math:: \Delta = s B A + U V
 
-    ReLoRA :cite:p:`lialin2024relora`, COLA :cite:p:`xia2024chain` and PeriodicLoRA
+    ReLoRA :cite:p:`lialin2023relora`, COLA :cite:p:`xia2024chain` and PeriodicLoRA
     :cite:p:`meng2024periodiclora` merge an adapter into the weight from time to time, and start a
     new one. Merging in half precision loses what is smaller than the rounding of the weight. Here
     the merged products are kept side by side, so that nothing is lost, the weight stays as it was,
