@@ -270,7 +270,11 @@ class TrainMatrix(Form):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return math.prod(c.shape[1] for c in self.cores), math.prod(c.shape[2] for c in self.cores)
+        # Lists: torch.compile does not take generators into products.
+        return (
+            math.prod([c.shape[1] for c in self.cores]),
+            math.prod([c.shape[2] for c in self.cores]),
+        )
 
     @property
     def rank_bound(self) -> int:
