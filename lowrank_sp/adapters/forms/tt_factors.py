@@ -119,11 +119,10 @@ class TrainFactors(Form):
         inner, outer = self._ends()
         right = merged(self.downs[:-1])[0, :, :].mT
         left = merged(self.ups[1:])[:, :, 0].mT
-        t, rank, s = *inner.shape, outer.shape[1]
-        if min(t, s) < rank:
-            middle = inner @ outer
-            return LowRank(left @ middle.mT, right) if t <= s else LowRank(left, middle.mT @ right)
-        return LowRank(left @ outer.mT, inner.mT @ right)
+        middle = (inner @ outer).mT
+        if middle.shape[1] <= middle.shape[0]:
+            return LowRank(left @ middle, right)
+        return LowRank(left, middle @ right)
 
     def apply(self, x: Array) -> Array:
         xp, lead = namespace(x), tuple(x.shape[:-1])
