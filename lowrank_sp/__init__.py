@@ -21,6 +21,7 @@ from lowrank_sp.linalg.svd import minor_svd as minor_svd
 from lowrank_sp.linalg.svd import randomized_svd as randomized_svd
 from lowrank_sp.linalg.svd import singular_values as singular_values
 from lowrank_sp.linalg.svd import truncated_svd as truncated_svd
+from lowrank_sp.linalg.weighted import output_norm as output_norm
 from lowrank_sp.linalg.weighted import weighted_low_rank as weighted_low_rank
 from lowrank_sp.operators import LinearOperator as LinearOperator
 from lowrank_sp.operators import as_operator as as_operator

@@ -122,7 +122,7 @@ NEGATIVE = np.diag([1.0] * (N - 1) + [-0.5])
         ({"inputs": np.ones(N)}, r"inputs must have shape \(N, 9\), got \(9,\)"),
         ({"covariance": np.ones((N, M))}, r"covariance must have shape \(9, 9\), got \(9, 12\)"),
         ({"covariance": np.ones((M, N))}, r"covariance must have shape \(9, 9\), got \(12, 9\)"),
-        ({"inputs": np.ones((0, N))}, "inputs must hold at least one sample, got 0"),
+        ({"inputs": np.ones((0, N))}, "too few samples: inputs must hold at least 1, got 0"),
         ({"covariance": np.triu(np.ones((N, N)))}, "covariance must be Hermitian"),
         ({"covariance": NEGATIVE}, "must be positive semidefinite, got eigenvalue -0.5"),
         ({"inputs": np.full((5, N), np.nan)}, "must be finite"),

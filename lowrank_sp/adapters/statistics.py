@@ -24,6 +24,7 @@ from lowrank_sp._arrays import (
     inner,
     max_abs,
     namespace,
+    wide_dtype,
 )
 from lowrank_sp.linalg.svd import truncated_svd
 
@@ -93,6 +94,64 @@ class SecondMoment(_Mean):
     def update(self, x: Array) -> SecondMoment:
         """The statistic after one more batch, of shape ``(..., n)``."""
         return self + SecondMoment.of(x)
+
+
+@dataclass(frozen=True)
+class MeanSquare(_Mean):
+    """Mean square of every input of a layer, ``E |x_j|^2``: the diagonal of the second moment.
+
+    Parameters
+    ----------
+    mean : array, shape (n,)
+    count : int
+        Samples seen.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> MeanSquare.of(np.array([[1.0, -2.0], [3.0, 4.0]])).mean
+    array([ 5., 10.])
+    """
+
+    key: ClassVar[str] = "mean_square"
+
+    @classmethod
+    def of(cls, x: Array) -> MeanSquare:
+        """Mean squares of one batch of shape ``(..., n)``, a sample a row."""
+        return cls(*_mean_power(x, 2))
+
+    def update(self, x: Array) -> MeanSquare:
+        """The statistic after one more batch, of shape ``(..., n)``."""
+        return self + MeanSquare.of(x)
+
+
+@dataclass(frozen=True)
+class MeanMagnitude(_Mean):
+    """Mean magnitude of every input of a layer, ``E |x_j|``.
+
+    Parameters
+    ----------
+    mean : array, shape (n,)
+    count : int
+        Samples seen.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> MeanMagnitude.of(np.array([[1.0, -2.0], [3.0, 4.0]])).mean
+    array([2., 3.])
+    """
+
+    key: ClassVar[str] = "magnitude"
+
+    @classmethod
+    def of(cls, x: Array) -> MeanMagnitude:
+        """Mean magnitudes of one batch of shape ``(..., n)``, a sample a row."""
+        return cls(*_mean_power(x, 1))
+
+    def update(self, x: Array) -> MeanMagnitude:
+        """The statistic after one more batch, of shape ``(..., n)``."""
+        return self + MeanMagnitude.of(x)
 
 
 @dataclass(frozen=True)
@@ -268,7 +327,7 @@ class InputPCA:
         )
 
 
-Statistic = TypeVar("Statistic", SecondMoment, MeanGradient, InputPCA)
+Statistic = TypeVar("Statistic", SecondMoment, MeanSquare, MeanMagnitude, MeanGradient, InputPCA)
 
 
 def peak_scaled(x: Array) -> Array:
@@ -343,6 +402,15 @@ def _samples(x: Array) -> Array:
     if not math.isfinite(max_abs(rows)):
         raise ValueError("a batch must be finite, got NaN or infinite entries; skip it")
     return rows
+
+
+def _mean_power(x: Array, power: int) -> tuple[Array, int]:
+    """Mean of ``|x_j|^power`` over a batch, and its size."""
+    rows = as_compute(_samples(x))
+    xp = namespace(rows)
+    size = abs(rows)
+    size = xp.astype(size, wide_dtype(xp, size.dtype))
+    return xp.mean(size**power, axis=0), rows.shape[0]
 
 
 def _directions(rows: Array, rank: int, rng: RNG) -> tuple[Array, Array]:

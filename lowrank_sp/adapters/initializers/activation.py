@@ -13,7 +13,6 @@ from lowrank_sp._arrays import (
     eps,
     max_abs,
     namespace,
-    wide_dtype,
 )
 from lowrank_sp.adapters.initializers._start import (
     Initialization,
@@ -26,7 +25,7 @@ from lowrank_sp.adapters.initializers._start import (
 from lowrank_sp.factors import SVD
 from lowrank_sp.gauge import balance
 from lowrank_sp.linalg.svd import minor_svd, truncated_svd
-from lowrank_sp.linalg.weighted import weighted_low_rank
+from lowrank_sp.linalg.weighted import check_covariance, covariance_root, projected
 
 
 def eva(
@@ -114,13 +113,12 @@ def weighted(
            [ 0., -0.]]), 3.0)
     """
     _, _, scale, dtype = checked(weight, rank, alpha, dtype)
-    c = _checked_moment(weight, second_moment)
-    xp = namespace(c)
-    values, vectors = xp.linalg.eigh(c)
-    kept = _rank_of(values, rank, second_moment)
-    # A root of the moment, as a few inputs that have it.
-    root = vectors[:, -kept:] * xp.astype(values[-kept:], vectors.dtype) ** 0.5
-    approximation, error = weighted_low_rank(weight, rank, inputs=kept**0.5 * root.mT, rng=rng)
+    n = weight.shape[1]
+    root = covariance_root(second_moment, n, name="second_moment", least=rank)
+    wide = as_compute(weight)
+    xp = namespace(wide, root)
+    check_finite(wide)
+    approximation, error = projected(wide, wide @ xp.astype(root, wide.dtype), rank, rng)
     up, down = divided(balance(*approximation.factors()), scale, dtype)
     return compensated(weight, up, down, scale, error=error)
 
@@ -188,7 +186,7 @@ def corda_kpm(
 
 def _damped_image(weight: Array, rank: int, c: Array, damping: float) -> Array:
     """``W C_d``."""
-    _rank_of(namespace(c).linalg.eigvalsh(_checked_moment(weight, c)), rank, c)
+    check_covariance(c, weight.shape[1], name="second_moment", least=rank)
     if not 0 < damping < math.inf:
         raise ValueError(f"damping must be positive and finite, got {damping}")
     wide = as_compute(weight)
@@ -208,35 +206,3 @@ def _oriented(weight: Array, f: SVD, scale: float, dtype: Any) -> Initialization
     up = f.u * size * scale**-0.5
     down = (adjoint(f.u) @ as_compute(weight)) / size[:, None] * scale**-0.5
     return compensated(weight, xp.astype(up, dtype), xp.astype(down, dtype), scale, f)
-
-
-def _checked_moment(weight: Array, c: Array) -> Array:
-    """The second moment in double precision, finite and Hermitian."""
-    n = weight.shape[1]
-    xp = namespace(weight, c)
-    if tuple(c.shape) != (n, n):
-        raise ValueError(f"second_moment must have shape ({n}, {n}), got {tuple(c.shape)}")
-    c = as_compute(c)
-    largest = max_abs(c)
-    if not math.isfinite(largest):
-        raise ValueError("second_moment must be finite, got NaN or infinite entries")
-    if max_abs(c - adjoint(c)) > 1e3 * eps(c.dtype) * largest:
-        raise ValueError("second_moment must be Hermitian; symmetrize it as (C + C^H) / 2")
-    return xp.astype(c, wide_dtype(xp, c.dtype))
-
-
-def _rank_of(values: Array, rank: int, c: Array) -> int:
-    """How many eigenvalues of ``c`` are above rounding: at least ``rank``."""
-    xp = namespace(values)
-    floor = c.shape[0] * eps(as_compute(c[:1, :]).dtype) * float(xp.max(abs(values)))
-    if float(values[0]) < -100 * floor:
-        raise ValueError(
-            f"second_moment must be positive semidefinite, got eigenvalue {float(values[0]):.3g}"
-        )
-    found = int(xp.sum(xp.astype(values > floor, xp.int32)))
-    if found < rank:
-        raise ValueError(
-            f"too few samples: second_moment has rank {found}, less than the rank {rank} "
-            "asked for; feed more inputs, or ask for a smaller rank"
-        )
-    return found
