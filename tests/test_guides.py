@@ -22,6 +22,7 @@ DOCS = Path(__file__).parent.parent / "docs"
         "forms-svd.md",
         "forms-rank.md",
         "forms-layers.md",
+        "attach.md",
     ],
 )
 def test_code_of(page, tmp_path, monkeypatch):

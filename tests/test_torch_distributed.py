@@ -2,11 +2,13 @@
 
 import math
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_torch_optim import Adapter, Net, assert_same, optimizer_of, train
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -17,7 +19,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 from torch.distributed.tensor.debug import CommDebugMode
 from update_cases import RULES
 
-from lowrank_sp.torch import FactorOptimizer, ParameterPair
+from lowrank_sp.adapters import forms
+from lowrank_sp.torch import FactorOptimizer, ParameterPair, attach, attach_shared
 from lowrank_sp.updates import LoRARite, ScaledGD
 
 RANKS = 2
@@ -126,6 +129,47 @@ def only_small_sums_are_exchanged(mesh):
     assert 2 * rank**2 <= exchange.numbers <= 10 * rank**2
 
 
+class Blocks(nn.Module):
+    """Layers in units of their own, as FSDP2 is usually applied."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+ATTACHED = [
+    partial(attach, create=partial(forms.RowMagnitude.create, rank=3)),
+    partial(attach_shared, create=partial(forms.SharedUp.create, rank=3)),
+    partial(attach_shared, create=partial(forms.Tied.create, rank=3)),
+]
+
+
+def attached_forms_agree(mesh):
+    """Those that read the weight, and those whose layers share arrays across units."""
+    x, target = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    for attached in ATTACHED:
+        models = [attached(Blocks(), targets="all-linear", rng=0) for _ in range(2)]
+        whole, net = models
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        for model in models:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(trained, lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                (model(x) - target).square().mean().backward()
+                optimizer.step()
+        for mine, theirs in zip(whole.parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(theirs.full_tensor(), mine)
+
+
 def each_rank(rank, rendezvous):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -140,6 +184,7 @@ def each_rank(rank, rendezvous):
     resumed_run_agrees(mesh)
     ranks_skip_together(mesh)
     only_small_sums_are_exchanged(mesh)
+    attached_forms_agree(mesh)
     dist.destroy_process_group()
 
 
