@@ -282,7 +282,7 @@ def test_randlora_as_computed_is_the_published_sum_with_columns_permuted():
     published = forms.RandomSum(form.small, permuted, form.gains, form.columns, False, form.scale)
     assert np.allclose(published.delta(), form.delta())
     assert not np.allclose(
-        forms.RandomSum(*form.arrays().values(), False, form.scale).delta(), form.delta()
+        forms.RandomSum(**form.arrays(), wide=False, scale=form.scale).delta(), form.delta()
     )
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from lowrank_sp._arrays import Array, namespace, slices
 from lowrank_sp.adapters.forms._form import Form
 
-# Entries in a block of rows: a few megabytes, which stay in a cache between being made and used.
-_BLOCK = 2**19
+# Entries in a block of rows, at least: a few megabytes, near a core between being made and used.
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +42,9 @@ def apply_rows(x: Array, rows: Callable[[slice], Array], shape: tuple[int, int])
     A library that differentiates keeps what it needs of every block.
     """
     m, n = shape
-    parts = [x @ rows(block).mT for block in slices(m, max(1, _BLOCK // n))]
+    # Many inputs are multiplied faster by taller blocks, of up to a quarter of their size.
+    height = max(1, _BLOCK // n, count_of(x) // 4)
+    parts = [x @ rows(block).mT for block in slices(m, height)]
     return parts[0] if len(parts) == 1 else namespace(x).concat(parts, axis=-1)
 
 
