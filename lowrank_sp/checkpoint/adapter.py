@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowrank_sp.adapters.forms import Form, Product
 from lowrank_sp.checkpoint.tensors import CheckpointError
@@ -16,19 +16,30 @@ class Adapter:
     Attributes
     ----------
     layers : mapping from module name to Form
-        Outputs by inputs, however the base stores its weights.
+        Outputs by inputs, however the base stores its weights: of an embedding, its width by its
+        entries; of a convolution, its outputs by the inputs of one output.
     base : str, optional
         Name or path of the base model.
     fingerprint : str, optional
         Of the base: :meth:`~lowrank_sp.checkpoint.model.Checkpoint.fingerprint`.
     fan_in_fan_out : bool
         Whether the base stores its weights inputs by outputs.
+    embeddings : frozenset of str
+        Which layers are embeddings.
+    kernels : mapping from str to tuple of int
+        Which layers are convolutions, and the sizes of their kernels.
+    method : str, optional
+        The method, for forms that are those of two: "KaSA", beside whose ``DiagonalCore`` PEFT cuts
+        the base weight, where "AdaLoRA" leaves it.
     """
 
     layers: Mapping[str, Form]
     base: str | None = None
     fingerprint: str | None = None
     fan_in_fan_out: bool = False
+    embeddings: frozenset[str] = frozenset()
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    method: str | None = None
 
     def products(self) -> dict[str, Product]:
         """The layers of plain LoRA.

@@ -11,6 +11,7 @@ from lowrank_sp.checkpoint.initialize import initialize
 from lowrank_sp.checkpoint.output import atomic_directory, holds_report
 from lowrank_sp.checkpoint.report import Report
 from lowrank_sp.checkpoint.spectra import save_spectra, spectra
+from lowrank_sp.checkpoint.tensors import write_tensors
 from lowrank_sp.checkpoint.verify import Verification, verify
 
 _CONTENT = {"model", "pissa", "spectra.png"}
@@ -61,8 +62,6 @@ def write_demo_model(
     layers : int
     seed : int
     """
-    from safetensors.numpy import save_file
-
     rng = np.random.default_rng(seed)
     tensors = {
         "model.embed_tokens.weight": rng.standard_normal((512, hidden), dtype=np.float32),
@@ -90,7 +89,7 @@ def write_demo_model(
         "tie_word_embeddings": False,
     }
     folder = Path(path)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

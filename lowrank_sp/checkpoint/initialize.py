@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import operator
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,30 +13,40 @@ import numpy as np
 
 from lowrank_sp._arrays import frobenius
 from lowrank_sp.adapters.forms import Form, Product
-from lowrank_sp.adapters.initializers import INITIALIZERS, Initialization
+from lowrank_sp.adapters.initializers import CALIBRATED, INITIALIZERS
 from lowrank_sp.checkpoint.adapter import Adapter
+from lowrank_sp.checkpoint.base_copy import BaseCopy
+from lowrank_sp.checkpoint.calibration import Calibration
+from lowrank_sp.checkpoint.job import (
+    Progress,
+    check_choice,
+    per_layer,
+    save_adapter,
+    seeds,
+    taken,
+)
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.output import atomic_directory, final_path
-from lowrank_sp.checkpoint.peft import check_number, check_pattern, pattern_value, write_adapter
+from lowrank_sp.checkpoint.peft import check_number, check_pattern, pattern_value
 from lowrank_sp.checkpoint.report import REPORT, LayerReport, Report
 from lowrank_sp.checkpoint.tensors import CheckpointError
 from lowrank_sp.factors import check_rank
-from lowrank_sp.tasks import Executor, run
+from lowrank_sp.tasks import Executor
 
 # A smaller or larger update has no digits in common with the weight in float32.
 _SCALES = (1e-7, 1e7)
-# Weights in other formats would contradict the residual base beside them.
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+_METHODS = INITIALIZERS | {name: known.initializer for name, known in CALIBRATED.items()}
 
 
 @dataclass(frozen=True)
 class _Task:
     layer: Layer
-    method: Callable[..., Initialization]
+    method: str
     rank: int
     alpha: float
     seed: np.random.SeedSequence
     options: Mapping[str, Any]
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ def initialize(
     *,
     rank: int,
     alpha: float | None = None,
+    calibration: str | Path | None = None,
     targets: str | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -66,7 +74,7 @@ def initialize(
     overwrite: bool = False,
     executor: Executor | None = None,
     ahead: int = 4,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Initialize adapters for the linear layers of a checkpoint and write what PEFT loads.
 
@@ -77,7 +85,8 @@ def initialize(
     model : path
         A model directory of Hugging Face layout, or one ``.safetensors`` file.
     method : str
-        A name in :data:`~lowrank_sp.adapters.initializers.INITIALIZERS`.
+        A name in :data:`~lowrank_sp.adapters.initializers.INITIALIZERS`, or in
+        :data:`~lowrank_sp.adapters.initializers.CALIBRATED` with a calibration file.
     out : path
         Directory to create. It gets ``adapter/`` (PEFT), ``base/`` (the residual model, with the
         sharding, dtypes and side files of the input; only for methods that change weights) and
@@ -85,6 +94,10 @@ def initialize(
     rank : int
     alpha : float, optional
         ``rank`` by default, which makes the scale 1.
+    calibration : path, optional
+        A safetensors file with the statistic that the method needs of every layer, under
+        ``<layer>.<statistic>``: what :func:`~lowrank_sp.adapters.statistics.pack` returns. It is
+        read layer by layer.
     targets : str, optional
         Regular expression for the names of layers; by default all linear layers.
     rank_pattern, alpha_pattern : mapping from regular expression to number, optional
@@ -120,32 +133,43 @@ def initialize(
 
     checkpoint = Checkpoint(model)
     layers = checkpoint.layers(targets, fan_in_fan_out=fan_in_fan_out)
+    check_choice(method, _METHODS, "method")
+    options = taken(method, _METHODS, {"tol": None if tol is None else check_number(tol, "tol")})
     sizes = _sizes(layers, rank, alpha, rank_pattern, alpha_pattern)
-    options = _options(method, tol)
-    tasks = [
-        _Task(layer, INITIALIZERS[method], own, own_alpha, child, options)
+    statistics = _statistics(method, calibration)
+    if statistics is not None:
+        statistics.check([layer.name for layer in layers])
+    tasks = {
+        layer.name: (_Task(layer, method, own, own_alpha, child, options, statistics),)
         for layer, (own, own_alpha), child in zip(
-            layers, sizes, _seeds(seed, len(layers)), strict=True
+            layers, sizes, seeds(seed, len(layers)), strict=True
         )
-    ]
+    }
     inputs = [checkpoint.path, *checkpoint.files]
+    if statistics is not None:
+        inputs.append(statistics.path)
     with atomic_directory(out, overwrite=overwrite, inputs=inputs) as folder:
         adapters: dict[str, Form] = {}
         rows = []
-        base = _Base(checkpoint, folder / "base")
-        for done in run(_initialize_layer, tasks, executor, ahead):
-            adapters[done.layer.name] = done.adapter
+        base = BaseCopy(checkpoint, folder / "base")
+        calls = per_layer(
+            _initialize_layer, tasks, executor=executor, ahead=ahead, progress=progress
+        )
+        for name, done, _ in calls:
+            adapters[name] = done.adapter
             rows.append(done.report)
             if done.stored is not None:
                 base.replace(done.layer, done.stored)
-            if progress is not None:
-                progress(len(rows), len(tasks), done.layer.name)
             del done  # or its residual would stay while the next layer is computed
-        final = final_path(folder / "base" if base.changed else checkpoint.path)
-        (folder / "adapter").mkdir()
-        transposed = any(layer.transposed for layer in layers)
-        adapter = Adapter(adapters, str(final), fan_in_fan_out=transposed)
-        write_adapter(folder / "adapter", adapter)
+        final = final_path(base.path)
+        fingerprint = checkpoint.fingerprint()
+        adapter = Adapter(
+            adapters,
+            str(final),
+            None if base.changed else fingerprint,
+            fan_in_fan_out=any(layer.transposed for layer in layers),
+        )
+        save_adapter(folder / "adapter", adapter)
         report = Report(
             method=method,
             rank=int(rank),
@@ -154,9 +178,10 @@ def initialize(
             tol=tol,
             version=__version__,
             model=str(final_path(checkpoint.path)),
-            fingerprint=checkpoint.fingerprint(),
+            fingerprint=fingerprint,
             base="base" if base.changed else str(final),
             layers=rows,
+            calibration=None if calibration is None else str(final_path(Path(calibration))),
         )
         report.save(folder / REPORT)
     return report
@@ -201,54 +226,17 @@ def _check_rank(rank: Any, layer: Layer) -> int:
         raise CheckpointError(f"{layer.name}: {error}") from error
 
 
-def _options(method: str, tol: float | None) -> dict[str, Any]:
-    if method not in INITIALIZERS:
-        raise CheckpointError(f"method must be one of {', '.join(INITIALIZERS)}, got {method!r}")
-    if tol is None:
-        return {}
-    takers = [n for n, f in INITIALIZERS.items() if "tol" in inspect.signature(f).parameters]
-    if method not in takers:
-        raise CheckpointError(f"tol is for {', '.join(takers)} only, got tol {tol} for {method}")
-    return {"tol": check_number(tol, "tol")}
-
-
-def _seeds(seed: Any, count: int) -> list[np.random.SeedSequence]:
-    try:
-        return np.random.SeedSequence(operator.index(seed)).spawn(count)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"seed must be a non-negative integer, got {seed!r}") from error
-
-
-class _Base:
-    """The residual model: a copy of the checkpoint in which some tensors are overwritten."""
-
-    def __init__(self, checkpoint: Checkpoint, folder: Path):
-        self._checkpoint, self._folder = checkpoint, folder
-        self.changed = False
-
-    def replace(self, layer: Layer, stored: np.ndarray) -> None:
-        """Overwrite the weight of a layer; the first call makes the copy."""
-        if not self.changed:
-            self._copy()
-            self.changed = True
-        layer.tensor.write(stored, self._folder / layer.tensor.path.name)
-
-    def _copy(self) -> None:
-        self._folder.mkdir()
-        for file in self._checkpoint.files:
-            shutil.copyfile(file, self._folder / file.name)
-        if self._checkpoint.path.is_dir():
-            for item in _side_files(self._checkpoint.path):
-                target = self._folder / item.relative_to(self._checkpoint.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(item, target)
-
-
-def _side_files(folder: Path) -> Iterable[Path]:
-    for item in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in item.relative_to(folder).parts)
-        if item.is_file() and not hidden and item.suffix not in _OTHER_WEIGHTS:
-            yield item
+def _statistics(method: str, calibration: str | Path | None) -> Calibration | None:
+    needed = CALIBRATED[method].statistic if method in CALIBRATED else None
+    if needed is None and calibration is not None:
+        raise CheckpointError(
+            f"a calibration is for {', '.join(CALIBRATED)} only, got {calibration} for {method}"
+        )
+    if needed is not None and calibration is None:
+        raise CheckpointError(
+            f"{method} needs the {needed} of every layer; pass --calibration FILE.safetensors"
+        )
+    return None if needed is None or calibration is None else Calibration(calibration, needed)
 
 
 def _initialize_layer(task: _Task) -> _Done:
@@ -256,20 +244,15 @@ def _initialize_layer(task: _Task) -> _Done:
     layer = task.layer
     weight = layer.tensor.read()
     weight = weight.T if layer.transposed else weight
-    try:
-        norm = frobenius(weight)
-        if not np.isfinite(norm):
-            raise ValueError("the weight must be finite, got NaN or infinite entries")
-        with np.errstate(over="ignore", invalid="ignore"):  # found when the residual is encoded
-            start = task.method(
-                weight,
-                task.rank,
-                alpha=task.alpha,
-                rng=np.random.default_rng(task.seed),
-                **task.options,
-            )
-    except ValueError as error:
-        raise CheckpointError(f"{layer.name}: {error}") from error
+    norm = frobenius(weight)
+    if not np.isfinite(norm):
+        raise ValueError("the weight must be finite, got NaN or infinite entries")
+    options = dict(task.options)
+    if task.calibration is not None:
+        options[task.calibration.statistic] = task.calibration[layer.name]
+    start = _METHODS[task.method](
+        weight, task.rank, alpha=task.alpha, rng=np.random.default_rng(task.seed), **options
+    )
     stored = None
     if start.residual is not weight:
         residual = start.residual.T if layer.transposed else start.residual
@@ -288,5 +271,6 @@ def _initialize_layer(task: _Task) -> _Done:
         energy,
         bound,
         time.perf_counter() - started,
+        start.error,
     )
     return _Done(layer, Product(start.up, start.down, start.scale), stored, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -109,7 +109,7 @@ class Tensor:
         self.check_floating()
         data = b"".join(self.blocks())
         raw = np.frombuffer(data, dtype=_NUMPY[self.dtype]).reshape(self.shape)
-        return _widened(raw) if self.dtype == "BF16" else raw
+        return widen(raw) if self.dtype == "BF16" else raw
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """``values`` as they are stored, rounded to nearest.
@@ -125,7 +125,7 @@ class Tensor:
         largest = np.max([values.max(initial=0), -values.min(initial=0)], keepdims=True)
         with np.errstate(over="ignore"):
             limit = round_to(largest, self.dtype)
-        if not np.isfinite(_widened(limit) if self.dtype == "BF16" else limit).all():
+        if not np.isfinite(widen(limit) if self.dtype == "BF16" else limit).all():
             raise CheckpointError(
                 f"{self.name}: values must be finite in {self.dtype}, got magnitude "
                 f"{largest[0]:.3g}; store the model in a wider dtype first"
@@ -139,7 +139,8 @@ class Tensor:
             file.write(np.ascontiguousarray(stored).data)
 
 
-def _widened(raw: np.ndarray) -> np.ndarray:
+def widen(raw: np.ndarray) -> np.ndarray:
+    """float32 from bfloat16, which NumPy lacks, in uint16."""
     wide = raw.astype(np.uint32)
     wide <<= np.uint32(16)
     return wide.view(np.float32)
@@ -173,13 +174,49 @@ def read_header(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def _header(path: Path) -> dict[str, Tensor]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`read_header`.
+    """
+    try:
+        said = _entries(path)[0].get("__metadata__", {})
+        return {key: value for key, value in said.items() if isinstance(value, str)}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; is a shard missing?") from error
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, in the form that PyTorch libraries expect.
+
+    Arrays may lie in memory in any order: the writer of safetensors takes their bytes as they lie,
+    and would store a transposed array wrongly without a word.
+    """
+    from safetensors.numpy import save_file
+
+    rows = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    save_file(rows, path, metadata={"format": "pt", **(metadata or {})})
+
+
+def _entries(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it stands, its length, and the size of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"header of {length} bytes in a file of {size}")
-        entries = parse_object(file.read(length))
+        return parse_object(file.read(length)), length, size
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    entries, length, size = _entries(path)
     entries.pop("__metadata__", None)
     tensors = {name: _entry(name, path, entry, 8 + length, size) for name, entry in entries.items()}
     in_order = sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop))
