@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lowrank_sp.checkpoint.report import REPORT, Report
+from lowrank_sp.checkpoint.report import REPORT, JobReport, Report
 from lowrank_sp.checkpoint.tensors import CheckpointError
 
 
 def holds_report(folder: Path) -> bool:
-    """Whether a directory is the output of an initialization."""
-    try:
-        Report.load(folder / REPORT)
-    except CheckpointError:
-        return False
-    return True
+    """Whether a directory is the output of an initialization or another job."""
+    for kind in (Report, JobReport):
+        with suppress(CheckpointError):
+            kind.load(folder / REPORT)
+            return True
+    return False
 
 
 @contextmanager

@@ -1,10 +1,12 @@
-"""The report of an initialization, as it stands beside its files."""
+"""What a job did, layer by layer, as it stands beside the files that it wrote."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lowrank_sp.checkpoint.tensors import CheckpointError, read_object
 
@@ -29,6 +31,8 @@ class LayerReport:
     bound : float or None
         Certified error of every one of them, relative to the largest.
     seconds : float
+    error : float or None
+        Root mean square norm of what the residual makes of the inputs, where it is known.
     """
 
     name: str
@@ -39,6 +43,7 @@ class LayerReport:
     energy: float | None
     bound: float | None
     seconds: float
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Report:
     fingerprint: str
     base: str
     layers: list[LayerReport]
+    calibration: str | None = None
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -75,3 +81,82 @@ class Report:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a readable report ({error})") from error
         return report
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """What a job made of one layer.
+
+    Attributes
+    ----------
+    name : str
+    shape : (int, int)
+        Outputs by inputs.
+    rank : int
+        Of what was written.
+    norm : float
+        Frobenius norm of what was to be written.
+    error : float
+        Frobenius norm of what was to be written minus what was.
+    seconds : float
+        Of a layer that several adapters have, on all of them.
+    adapter : str or None
+        Which of them, where a job writes several.
+    note : str
+        What is unusual about the layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    error: float
+    seconds: float
+    adapter: str | None = None
+    note: str = ""
+
+    @property
+    def relative_error(self) -> float:
+        """``error`` over ``norm``; infinite where only the norm is zero."""
+        if self.norm == 0.0:
+            return 0.0 if self.error == 0.0 else float("inf")
+        return self.error / self.norm
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What a job on adapters or models did, as it stands in ``report.json``.
+
+    Attributes
+    ----------
+    job, version : str
+        Its name, and the version of the library.
+    inputs : mapping from str to str
+        What was read, by the name that the job gives it.
+    options : mapping from str to any
+        Those that were given.
+    layers : list of LayerOutcome
+    notes : mapping from str to list of str
+        Names of tensors or layers that one should know something about, by what that is.
+    """
+
+    job: str
+    version: str
+    inputs: Mapping[str, str]
+    options: Mapping[str, Any]
+    layers: list[LayerOutcome]
+    notes: Mapping[str, list[str]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> JobReport:
+        """Read what :meth:`save` wrote."""
+        fields = read_object(path, "report")
+        try:
+            layers = [LayerOutcome(**layer) for layer in fields.pop("layers")]
+            return cls(layers=layers, **fields)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a readable report ({error})") from error
