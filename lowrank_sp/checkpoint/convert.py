@@ -1,0 +1,173 @@
+"""Plain LoRA for the original base, of adapters in other forms or that did not start at zero."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from lowrank_sp._arrays import frobenius
+from lowrank_sp.adapters import algebra
+from lowrank_sp.adapters.forms import Form, Product
+from lowrank_sp.checkpoint.adapter import Adapter, check_same_base
+from lowrank_sp.checkpoint.job import (
+    Adapted,
+    Progress,
+    adapt,
+    capped,
+    check_size,
+    output,
+    read_products,
+    save_adapter,
+    save_report,
+)
+from lowrank_sp.checkpoint.model import Checkpoint
+from lowrank_sp.checkpoint.output import final_path
+from lowrank_sp.checkpoint.peft import read_adapter
+from lowrank_sp.checkpoint.report import REPORT, JobReport, Report
+from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.factors import SVD, Factored, LowRank
+from lowrank_sp.operators import LinearOperator
+from lowrank_sp.tasks import Executor
+
+
+def convert(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    tol: float | None = None,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    ahead: int = 4,
+    progress: Progress | None = None,
+) -> JobReport:
+    """Write an adapter as plain LoRA, for the original base where it was trained on a residual.
+
+    Without ``start``, :meth:`~lowrank_sp.adapters.forms.Form.to_lora` of every layer. With it,
+    :func:`lowrank_sp.adapters.algebra.subtract`: PiSSA and its kin become an update of the weight
+    that they were made of, of twice the rank, or of ``rank`` with the error that this makes.
+
+    Parameters
+    ----------
+    adapter : path
+        A directory of PEFT, in a form that :func:`~lowrank_sp.checkpoint.peft.read_adapter` knows.
+    out : path
+        Directory to create. It gets ``adapter/`` and ``report.json``, and appears at the end,
+        whole.
+    start : path, optional
+        The untrained adapter, in the ``adapter/`` that
+        :func:`~lowrank_sp.checkpoint.initialize.initialize` wrote. Scale and base of the result are
+        then those that it left.
+    base : path, optional
+        The base model, where the form depends on its weights, as DoRA does. With ``start``, the
+        original model; by default the one in the report of the initialization.
+    rank, tol
+        The most a layer may have, and how far each may be from what it was, relative to its norm.
+        Without them nothing is dropped, which forms that are no product of two factors refuse.
+    overwrite, executor, ahead, progress
+        As in :func:`~lowrank_sp.checkpoint.initialize.initialize`.
+
+    Returns
+    -------
+    JobReport
+
+    Raises
+    ------
+    CheckpointError
+        If a layer has no plain LoRA without ``rank`` or ``tol``, if ``start`` has other layers or
+        another base, or anything is wrong with the options or the output directory. Nothing is
+        left behind.
+    """
+    check_size(rank, tol)
+    inputs = {"adapter": adapter, "start": start, "base": base}
+    inputs = {name: path for name, path in inputs.items() if path is not None}
+    model = None if base is None else Checkpoint(base)
+    if start is None:
+        trained = read_adapter(adapter, model=model)
+        tasks = {name: (trained, name, rank, tol) for name in trained.layers}
+        function = _convert
+    else:
+        both = {"adapter": read_adapter(adapter), "start": read_adapter(start)}
+        _check_start(both)
+        origin = _origin(Path(start), model)
+        trained = replace(both["adapter"], base=origin.name, fingerprint=origin.fingerprint)
+        tasks = {name: (both, name, rank, tol) for name in trained.layers}
+        function = _subtract
+    with output(out, inputs, overwrite=overwrite) as folder:
+        found, rows = adapt(function, tasks, executor=executor, ahead=ahead, progress=progress)
+        save_adapter(folder / "adapter", replace(trained, layers=found))
+        return save_report(folder, "convert", inputs, {"rank": rank, "tol": tol}, rows)
+
+
+class _Origin(NamedTuple):
+    name: str
+    fingerprint: str | None
+
+
+def _origin(start: Path, model: Checkpoint | None) -> _Origin:
+    """The model that was initialized."""
+    if model is not None:
+        return _Origin(str(final_path(model.path)), model.fingerprint())
+    beside = start.absolute().parent / REPORT
+    try:
+        report = Report.load(beside)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{start}: no report of an initialization beside it says what the original model was; "
+            "pass --base"
+        ) from error
+    return _Origin(report.model, report.fingerprint)
+
+
+def _check_start(both: dict[str, Adapter]) -> None:
+    check_same_base(both)
+    trained, start = (both[name].layers.keys() for name in ("adapter", "start"))
+    alone = sorted(trained ^ start)
+    if alone:
+        where = "trained" if alone[0] in trained else "untrained"
+        raise CheckpointError(
+            f"{alone[0]}: only the {where} adapter has it; both must be of one training run"
+        )
+
+
+def _convert(source: Adapter, name: str, rank: int | None, tol: float | None) -> Adapted:
+    form = source.layers[name]
+    note = ""
+    if isinstance(form, Product) and rank is None and tol is None:
+        return Adapted(Product(form.up, form.down, form.scale), float(form.delta().norm()), 0.0)
+    if rank is not None:
+        rank, note = capped(rank, min(form.rank_bound, *form.shape))
+    product, error = form.to_lora(rank, tol=tol)
+    return Adapted(product, _norm(form, product, error), error, note)
+
+
+def _norm(form: Form, product: Product, error: float) -> float:
+    """Of the update; what is left out of it is orthogonal to what is kept."""
+    if error:
+        return math.hypot(float(product.delta().norm()), error)
+    delta = form.delta()
+    if isinstance(delta, Factored):
+        return float(delta.norm())
+    return frobenius(delta.to_dense() if isinstance(delta, LinearOperator) else delta)
+
+
+def _subtract(both: dict[str, Adapter], name: str, rank: int | None, tol: float | None) -> Adapted:
+    trained, start = read_products(both, name).values()
+    if trained.scale == start.scale:
+        # Stored factors are subtracted as they are: they differ by less than they are large.
+        scale = trained.scale
+        new, old = LowRank(trained.up, trained.down), LowRank(start.up, start.down)
+    else:
+        scale = 1.0
+        new, old = trained.delta(), start.delta()
+    every = algebra.subtract(new, old)
+    rank, note = capped(rank, every.rank)
+    f: SVD = every.truncate(rank, tol=tol)
+    left, right = f.split().factors()
+    size = abs(scale)
+    product = Product(left, right, scale)
+    return Adapted(product, size * float(every.norm()), size * float(f.error), note)

@@ -1,0 +1,125 @@
+"""Adapters of another rank, from their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowrank_sp.adapters import algebra
+from lowrank_sp.adapters.forms import Product
+from lowrank_sp.checkpoint.adapter import Adapter
+from lowrank_sp.checkpoint.job import (
+    Adapted,
+    Progress,
+    adapt,
+    as_product,
+    capped,
+    check_choice,
+    check_size,
+    output,
+    read_adapters,
+    save_adapter,
+    save_report,
+)
+from lowrank_sp.checkpoint.report import JobReport
+from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.factors import LowRank
+from lowrank_sp.tasks import Executor
+
+#: Rules that choose a rank from the singular values and a threshold, by name.
+RANK_RULES: dict[str, Callable[[Any, float], int]] = {
+    "sv_ratio": algebra.sv_ratio,
+    "sv_cumulative": algebra.sv_cumulative,
+    "sv_fro": algebra.sv_fro,
+}
+
+
+def resize(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    tol: float | None = None,
+    rule: str | None = None,
+    threshold: float | None = None,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    ahead: int = 4,
+    progress: Progress | None = None,
+) -> JobReport:
+    """Write the best approximation of an adapter of lower rank.
+
+    :func:`lowrank_sp.adapters.algebra.resize` of every layer: nothing of the size of a weight is
+    formed. The scale of a layer stays, so its alpha changes with its rank.
+
+    Parameters
+    ----------
+    adapter : path
+        A directory of plain LoRA.
+    out : path
+        Directory to create. It gets ``adapter/`` and ``report.json``, and appears at the end,
+        whole.
+    rank, tol
+        The most a layer may have, and how far each may be from what it was, relative to its norm.
+        A layer of a lower rank keeps it.
+    rule : str, optional
+        A name in :data:`RANK_RULES`, instead of ``tol``.
+    threshold : float, optional
+        What the rule takes.
+    overwrite, executor, ahead, progress
+        As in :func:`~lowrank_sp.checkpoint.initialize.initialize`.
+
+    Returns
+    -------
+    JobReport
+
+    Raises
+    ------
+    CheckpointError
+        If the adapter is no plain LoRA, or anything is wrong with the options or the output
+        directory. Nothing is left behind.
+    """
+    if rank is None and tol is None and rule is None:
+        raise CheckpointError("resize needs a rank, a tol or a rule, got none of them")
+    check_size(rank, tol)
+    if rule is not None:
+        check_choice(rule, RANK_RULES, "rule")
+    if (rule is None) != (threshold is None):
+        raise CheckpointError(
+            f"a rule needs a threshold, and only a rule does, got rule {rule} and threshold "
+            f"{threshold}"
+        )
+    if rule is not None and tol is not None:
+        raise CheckpointError(f"tol or a rule choose ranks, got tol {tol} and rule {rule}")
+    inputs = {"adapter": adapter}
+    source = read_adapters(inputs)["adapter"]
+    tasks = {name: (source, name, rank, tol, rule, threshold) for name in source.layers}
+    with output(out, inputs, overwrite=overwrite) as folder:
+        found, rows = adapt(_resize, tasks, executor=executor, ahead=ahead, progress=progress)
+        save_adapter(folder / "adapter", replace(source, layers=found))
+        options = {"rank": rank, "tol": tol, "rule": rule, "threshold": threshold}
+        return save_report(folder, "resize", inputs, options, rows)
+
+
+def _resize(
+    source: Adapter,
+    name: str,
+    rank: int | None,
+    tol: float | None,
+    rule: str | None,
+    threshold: float | None,
+) -> Adapted:
+    product = as_product(source.layers[name], name)
+    rank, note = capped(rank, product.rank_bound)
+    # Without the scale, which the result keeps.
+    every = algebra.resize(LowRank(product.up, product.down))
+    if rule is not None and threshold is not None:
+        chosen = RANK_RULES[rule](every.s, threshold)
+        rank = chosen if rank is None else min(rank, chosen)
+    f = every.truncate(rank, tol=tol)
+    size = abs(product.scale)
+    left, right = f.split().factors()
+    resized = Product(left, right, product.scale)
+    return Adapted(resized, size * float(every.norm()), size * float(f.error), note)
