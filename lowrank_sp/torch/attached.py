@@ -100,7 +100,8 @@ def layered_forms_of(model: nn.Module) -> dict[tuple[str, ...], LayeredForm]:
     Returns
     -------
     dict from tuple of str to LayeredForm
-        What :func:`attach_forms` takes; empty where every layer has a form of its own.
+        What :func:`~lowrank_sp.torch.attaching.attach_forms` takes; empty where every layer has a
+        form of its own.
     """
     groups: dict[Arrays[Any], dict[int, str]] = {}
     for name, layer in layers_of(model).items():

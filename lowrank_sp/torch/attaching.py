@@ -48,7 +48,8 @@ def attach(
         As in PEFT: a regular expression for the whole name of a module, ``"all-linear"``, or names
         and ends of names. Or a predicate of a name and a module.
     data : mapping from name of a layer to statistic, optional
-        Passed to ``create`` under the names that initializers give them; see :func:`initialize_`.
+        Passed to ``create`` under the names that initializers give them, as by
+        :func:`~lowrank_sp.torch.initialize.initialize_`.
     dropout : float
         Probability of dropping an input of the adapter in training.
     rng : int, Generator or None

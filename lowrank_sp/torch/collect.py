@@ -36,7 +36,7 @@ def collect_inputs(
         From a first batch ``(..., n)`` to a statistic with ``update``:
         ``SecondMoment.of``, or ``functools.partial(InputPCA.of, rank=16)``.
     targets : str, iterable of str, or callable
-        Linear layers, as in :func:`attach`.
+        Linear layers, as in :func:`~lowrank_sp.torch.attaching.attach`.
     mask : str or None
         The keyword under which the model gets its mask ``(batch, length)``: tokens where it is zero
         are left out. None counts every token.
@@ -44,7 +44,8 @@ def collect_inputs(
     Yields
     ------
     dict from name of a layer to statistic
-        Grows with every batch. For :func:`attach` and :func:`initialize_`.
+        Grows with every batch. For :func:`~lowrank_sp.torch.attaching.attach` and
+        :func:`~lowrank_sp.torch.initialize.initialize_`.
 
     Examples
     --------
@@ -86,7 +87,7 @@ def collect_gradients(
     model : torch.nn.Module
         With or without adapters.
     targets : str, iterable of str, or callable
-        Linear layers, as in :func:`attach`.
+        Linear layers, as in :func:`~lowrank_sp.torch.attaching.attach`.
     device : torch.device or str, optional
         Where to keep the means, such as ``"cpu"``; by default where the weights are.
 

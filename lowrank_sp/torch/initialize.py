@@ -59,7 +59,8 @@ def initialize_(
         base gets the values of the quantized weight.
     data : mapping from name of a layer to statistic, optional
         A statistic is passed under its ``key``, such as ``second_moment``; of a mapping all
-        entries are. :func:`collect_inputs` and :func:`collect_gradients` make such mappings. Names
+        entries are. :func:`~lowrank_sp.torch.collect.collect_inputs` and
+        :func:`~lowrank_sp.torch.collect.collect_gradients` make such mappings. Names
         are those in the model without PEFT.
     rng : int, Generator or None
         One child is spawned for every layer.
