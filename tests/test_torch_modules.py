@@ -63,7 +63,11 @@ def tensors_of(weight):
 def bert(**options):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     config = BertConfig(vocab_size=40, num_attention_heads=2, **sizes, **options)
-    return BertModel(config).eval()
+    model = BertModel(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))  # biases start at zero
+    return model
 
 
 def tokens():
