@@ -15,12 +15,16 @@ from lowrank_sp.checkpoint.factored import write_factored as write_factored
 from lowrank_sp.checkpoint.federate import AGGREGATES as AGGREGATES
 from lowrank_sp.checkpoint.federate import federate as federate
 from lowrank_sp.checkpoint.initialize import initialize as initialize
+from lowrank_sp.checkpoint.kohya import read_kohya as read_kohya
+from lowrank_sp.checkpoint.kohya import write_kohya as write_kohya
 from lowrank_sp.checkpoint.merge import MERGES as MERGES
 from lowrank_sp.checkpoint.merge import merge as merge
 from lowrank_sp.checkpoint.model import Checkpoint as Checkpoint
 from lowrank_sp.checkpoint.model import Layer as Layer
 from lowrank_sp.checkpoint.peft import read_adapter as read_adapter
 from lowrank_sp.checkpoint.peft import write_adapter as write_adapter
+from lowrank_sp.checkpoint.preflight import Finding as Finding
+from lowrank_sp.checkpoint.preflight import preflight as preflight
 from lowrank_sp.checkpoint.report import JobReport as JobReport
 from lowrank_sp.checkpoint.report import LayerOutcome as LayerOutcome
 from lowrank_sp.checkpoint.report import LayerReport as LayerReport

@@ -8,12 +8,27 @@ from typing import Any
 import numpy as np
 
 from lowrank_sp.adapters.forms import DiagonalCore, FixedUp, Product, RowMagnitude
-from lowrank_sp.checkpoint.peft.config import common, patterned, plain
+from lowrank_sp.checkpoint.peft.config import Config, common, patterned, plain
 from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place, made
 from lowrank_sp.checkpoint.tensors import CheckpointError
 
 # What PEFT adds to AdaLoRA's rank where it divides by it.
 _ADALORA = 1e-5
+
+
+def is_dora(config: Config) -> bool:
+    """Whether a configuration of LoRA means DoRA."""
+    return bool(config.get("use_dora"))
+
+
+def is_kasa(config: Config) -> bool:
+    """Whether a configuration of LoRA means KaSA."""
+    return config.get("kasa_config") is not None
+
+
+def is_mica(config: Config) -> bool:
+    """Whether a configuration of LoRA means MiCA."""
+    return config.get("init_lora_weights") == "mica"
 
 
 def load_lora(x: Found) -> Product:

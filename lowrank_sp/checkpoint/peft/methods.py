@@ -31,6 +31,11 @@ from lowrank_sp.checkpoint.peft.config import Config
 from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place
 
 
+def always(config: Config) -> bool:  # noqa: ARG001
+    """That there is one method of this type."""
+    return True
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the grammar.
@@ -74,9 +79,9 @@ class Method:
     load: Callable[[Found], Form]
     save: Callable[[Any, Place], Arrays]
     configure: Callable[[Mapping[str, Any]], dict[str, Any]]
-    chosen: Callable[[Config], bool] = lambda config: True  # noqa: ARG005
+    chosen: Callable[[Config], bool] = always
     shared: tuple[str, ...] = ()
-    share: Callable[[Mapping[str, Any]], Arrays] = lambda forms: {}  # noqa: ARG005
+    share: Callable[[Mapping[str, Any]], Arrays] | None = None
     position: Callable[[Found], int] | None = None
     needs_model: bool = False
     by_value: bool = False
@@ -99,7 +104,7 @@ METHODS = (
         lora.load_dora,
         lora.save_dora,
         lora.configure_dora,
-        chosen=lambda config: bool(config.get("use_dora")),
+        chosen=lora.is_dora,
         needs_model=True,
     ),
     Method(
@@ -111,7 +116,7 @@ METHODS = (
         lora.save_kasa,
         lora.configure_kasa,
         conv1d=False,
-        chosen=lambda config: config.get("kasa_config") is not None,
+        chosen=lora.is_kasa,
     ),
     Method(
         "LORA",
@@ -121,7 +126,7 @@ METHODS = (
         lora.load_mica,
         lora.save_lora,
         lora.configure_mica,
-        chosen=lambda config: config.get("init_lora_weights") == "mica",
+        chosen=lora.is_mica,
     ),
     Method(
         "LORA",

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lowrank_sp._arrays import Array, as_compute, dtype_name, to_host
 from lowrank_sp.adapters.forms import Form
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.peft.config import Config
@@ -116,3 +117,8 @@ def made(form: type[AnyForm], **fields: Any) -> AnyForm:
             for name, a in fields.items()
         }
     )
+
+
+def host(array: Array) -> np.ndarray:
+    """As a NumPy array, in float32 for bfloat16, which NumPy lacks."""
+    return to_host(as_compute(array) if dtype_name(array.dtype) == "bfloat16" else array)

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_sp._arrays import to_host
 from lowrank_sp.adapters.forms import CombinedCore, Gains, PositionalRandomSum, peft_basis
 from lowrank_sp.checkpoint.peft.config import common, plain
-from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place, made
+from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place, host, made
 from lowrank_sp.checkpoint.tensors import CheckpointError, round_to, widen
 
 
@@ -212,7 +211,7 @@ def _tied(forms: Mapping[str, CombinedCore]) -> list[tuple[str, np.ndarray]]:
     """Layers in a row that have the same coefficients: the first of them, and those."""
     groups: list[tuple[str, np.ndarray]] = []
     for name, form in forms.items():
-        values = to_host(form.coefficients)
+        values = host(form.coefficients)
         if not groups or not np.array_equal(groups[-1][1], values):
             groups.append((name, values))
     return groups
@@ -256,11 +255,11 @@ def _begins(i: int, layers: int, groups: int) -> bool:
 
 def _united(parts: Mapping[str, Any], what: str, method: str) -> np.ndarray:
     """The smallest array of which all parts are leading ones; zero where none reaches."""
-    host = {name: to_host(part) for name, part in parts.items()}
-    shape = tuple(map(max, zip(*(part.shape for part in host.values()), strict=True)))
-    whole = np.zeros(shape, np.result_type(*host.values()))
+    arrays = {name: host(part) for name, part in parts.items()}
+    shape = tuple(map(max, zip(*(part.shape for part in arrays.values()), strict=True)))
+    whole = np.zeros(shape, np.result_type(*arrays.values()))
     known = np.zeros(shape, bool)
-    for name, part in host.items():
+    for name, part in arrays.items():
         place = tuple(map(slice, part.shape))
         if np.any(known[place] & (whole[place] != part)):
             raise CheckpointError(

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_sp._arrays import to_host
 from lowrank_sp.adapters.forms import RotatedCore
 from lowrank_sp.checkpoint.peft.config import common, plain
-from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place, made
+from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place, host, made
 from lowrank_sp.checkpoint.tensors import CheckpointError
 
 
@@ -54,7 +53,7 @@ _READ = {
 
 def save_psoft(form: RotatedCore, place: Place) -> Arrays:
     """The trained numbers, for the sides that PEFT will compute."""
-    up, down = to_host(form.up) * form.scale, to_host(form.down)
+    up, down = host(form.up) * form.scale, host(form.down)
     u, s, vh = _triplets(place, up.shape[1])
     signs = np.sign(np.sum(down * vh, axis=1))
     known = np.finfo(s.dtype).eps ** 0.5 * s[0]
@@ -65,7 +64,7 @@ def save_psoft(form: RotatedCore, place: Place) -> Arrays:
         )
     above = np.triu_indices(up.shape[1], 1)
     return {
-        "psoft_R.weight": to_host(form.skew) * (signs[above[0]] * signs[above[1]]),
+        "psoft_R.weight": host(form.skew) * (signs[above[0]] * signs[above[1]]),
         "psoft_R.vector_a": form.right,
         "psoft_R.vector_b": form.left,
     }
@@ -95,7 +94,7 @@ def _triplets(place: Place, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
         )
     if rank > min(weight.shape):
         raise CheckpointError(f"{place.name}: rank {rank} is too large for {weight.shape}")
-    u, s, vh = (to_host(part) for part in place.svd(weight))
+    u, s, vh = (host(part) for part in place.svd(weight))
     gaps = -np.diff(s[: rank + 1])
     if gaps.size and np.min(gaps) <= 64 * np.finfo(s.dtype).eps * s[0]:
         k = int(np.argmin(gaps))

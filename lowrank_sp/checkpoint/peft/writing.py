@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_sp._arrays import Array, as_compute, dtype_name, to_host
 from lowrank_sp.adapters.forms import Form, Product
 from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.peft.config import CONFIG
 from lowrank_sp.checkpoint.peft.methods import METHODS, Method
-from lowrank_sp.checkpoint.peft.parts import Place, Svd
+from lowrank_sp.checkpoint.peft.parts import Place, Svd, host
 from lowrank_sp.checkpoint.peft.reading import FINGERPRINT, ORDER, PREFIX, SHARED, WEIGHTS
 from lowrank_sp.checkpoint.tensors import CheckpointError, write_tensors
 
@@ -65,9 +64,9 @@ def write_adapter(
     for name, form in forms.items():
         arrays = method.save(form, Place(name, method.title, model, adapter.fan_in_fan_out, svd))
         for end, array in _placed(name, arrays, adapter).items():
-            tensors[f"{PREFIX}{name}.{end}"] = _host(array)
-    for key, array in method.share(forms).items():
-        tensors[f"{SHARED}{key}"] = _host(array)
+            tensors[f"{PREFIX}{name}.{end}"] = host(array)
+    for key, array in ({} if method.share is None else method.share(forms)).items():
+        tensors[f"{SHARED}{key}"] = host(array)
     config = {
         "peft_type": method.peft_type,
         "task_type": None,
@@ -119,13 +118,8 @@ def _placed(name: str, arrays: Mapping[str, Any], adapter: Adapter) -> dict[str,
     down, up = arrays["lora_A.weight"], arrays["lora_B.weight"]
     if embedding:
         return {"lora_embedding_A": down, "lora_embedding_B": up}
-    down, up = _host(down), _host(up)
+    down, up = host(down), host(up)
     return {
         "lora_A.weight": down.reshape(down.shape[0], -1, *kernel),
         "lora_B.weight": up.reshape(*up.shape, *(1 for _ in kernel)),
     }
-
-
-def _host(array: Array) -> np.ndarray:
-    """NumPy has no bfloat16."""
-    return to_host(as_compute(array) if dtype_name(array.dtype) == "bfloat16" else array)
