@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lowrank_sp._arrays import frobenius
 from lowrank_sp.adapters import algebra
@@ -88,17 +88,30 @@ def convert(
     model = None if base is None else Checkpoint(base)
     if start is None:
         trained = read_adapter(adapter, model=model)
-        tasks = {name: (trained, name, rank, tol) for name in trained.layers}
+
+        def arguments(name: str) -> tuple[Any, ...]:
+            return trained.layers[name], rank, tol
+
         function = _convert
     else:
         both = {"adapter": read_adapter(adapter), "start": read_adapter(start)}
         _check_start(both)
         origin = _origin(Path(start), model)
         trained = replace(both["adapter"], base=origin.name, fingerprint=origin.fingerprint)
-        tasks = {name: (both, name, rank, tol) for name in trained.layers}
+
+        def arguments(name: str) -> tuple[Any, ...]:
+            return *read_products(both, name).values(), rank, tol
+
         function = _subtract
     with output(out, inputs, overwrite=overwrite) as folder:
-        found, rows = adapt(function, tasks, executor=executor, ahead=ahead, progress=progress)
+        found, rows = adapt(
+            function,
+            trained.layers,
+            arguments,
+            executor=executor,
+            ahead=ahead,
+            progress=progress,
+        )
         save_adapter(folder / "adapter", replace(trained, layers=found))
         return save_report(folder, "convert", inputs, {"rank": rank, "tol": tol}, rows)
 
@@ -134,8 +147,7 @@ def _check_start(both: dict[str, Adapter]) -> None:
         )
 
 
-def _convert(source: Adapter, name: str, rank: int | None, tol: float | None) -> Adapted:
-    form = source.layers[name]
+def _convert(form: Form, rank: int | None, tol: float | None) -> Adapted:
     note = ""
     if isinstance(form, Product) and rank is None and tol is None:
         return Adapted(Product(form.up, form.down, form.scale), float(form.delta().norm()), 0.0)
@@ -155,8 +167,7 @@ def _norm(form: Form, product: Product, error: float) -> float:
     return frobenius(delta.to_dense() if isinstance(delta, LinearOperator) else delta)
 
 
-def _subtract(both: dict[str, Adapter], name: str, rank: int | None, tol: float | None) -> Adapted:
-    trained, start = read_products(both, name).values()
+def _subtract(trained: Product, start: Product, rank: int | None, tol: float | None) -> Adapted:
     if trained.scale == start.scale:
         # Stored factors are subtracted as they are: they differ by less than they are large.
         scale = trained.scale

@@ -89,15 +89,19 @@ def extract(
     }
     names = {layer.tensor.name for _, layer in layers.values()}
     same = [name for name, (one, two) in layers.items() if one.tensor.equals(two.tensor)]
-    tasks = {
-        name: (*layers[name], rank, tol, child)
-        for name, child in zip(layers, seeds(seed, len(layers)), strict=True)
-        if name not in same
-    }
+    differ = [name for name in layers if name not in same]
+    children = seeds(seed, list(layers))
     inputs = {"tuned": new.path, "base": old.path}
     with output(out, inputs, overwrite=overwrite) as folder:
-        found, rows = adapt(_extract, tasks, executor=executor, ahead=ahead, progress=progress)
-        same += [name for name in tasks if name not in found]
+        found, rows = adapt(
+            _extract,
+            differ,
+            lambda name: (*layers[name], rank, tol, children[name]),
+            executor=executor,
+            ahead=ahead,
+            progress=progress,
+        )
+        same += [name for name in differ if name not in found]
         if not found:
             raise CheckpointError(
                 f"{new.path}: no layer differs from {old.path}; nothing to extract"

@@ -118,16 +118,21 @@ def federate(
     _check_same_layers(sources, layers)
     model = None if base is None else _checked_base(base, sources, assume_same_base)
     places = {} if model is None else {name: _layer(model, name, sources) for name in layers}
-    tasks = {
-        name: (AGGREGATES[method], sources, name, weights, options, child, places.get(name))
-        for name, child in zip(layers, seeds(seed, len(layers)), strict=True)
-    }
+    children = seeds(seed, layers)
+
+    def arguments(name: str) -> tuple[Any, ...]:
+        products = read_products(sources, name)
+        place = places.get(name)
+        return AGGREGATES[method], products, weights, options, children[name], place
+
     inputs = dict(adapters) if base is None else {**adapters, "base": base}
     with output(out, inputs, overwrite=overwrite) as folder:
         common, corrections, rows = {}, {}, []
         own: dict[str, dict[str, Product]] = {name: {} for name in sources}
         copy = None if model is None else BaseCopy(model, folder / "base")
-        calls = per_layer(_aggregate, tasks, executor=executor, ahead=ahead, progress=progress)
+        calls = per_layer(
+            _aggregate, layers, arguments, executor=executor, ahead=ahead, progress=progress
+        )
         for name, (found, stored, norm, note), seconds in calls:
             for client, part in found.items():
                 shape, rank_written = _size(part)
@@ -200,15 +205,13 @@ def _size(part: Aggregate) -> tuple[tuple[int, int], int]:
 
 def _aggregate(
     function: Callable[..., Aggregate | tuple[Aggregate, ...]],
-    sources: Mapping[str, Adapter],
-    name: str,
+    products: Mapping[str, Product],
     weights: Sequence[float] | None,
     options: Mapping[str, Any],
     seed: np.random.SeedSequence,
     layer: Layer | None,
 ) -> tuple[dict[str | None, Aggregate], np.ndarray | None, float, str]:
     """Aggregates by client, or for all of them; the corrected weight; the norm of the mean."""
-    products = read_products(sources, name)
     clients = list(products.values())
     options, note = dict(options), ""
     if "rank" in options:

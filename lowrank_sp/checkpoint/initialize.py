@@ -139,11 +139,10 @@ def initialize(
     statistics = _statistics(method, calibration)
     if statistics is not None:
         statistics.check([layer.name for layer in layers])
+    children = seeds(seed, [layer.name for layer in layers])
     tasks = {
-        layer.name: (_Task(layer, method, own, own_alpha, child, options, statistics),)
-        for layer, (own, own_alpha), child in zip(
-            layers, sizes, seeds(seed, len(layers)), strict=True
-        )
+        layer.name: (_Task(layer, method, *size, children[layer.name], options, statistics),)
+        for layer, size in zip(layers, sizes, strict=True)
     }
     inputs = [checkpoint.path, *checkpoint.files]
     if statistics is not None:
@@ -153,7 +152,12 @@ def initialize(
         rows = []
         base = BaseCopy(checkpoint, folder / "base")
         calls = per_layer(
-            _initialize_layer, tasks, executor=executor, ahead=ahead, progress=progress
+            _initialize_layer,
+            tasks,
+            tasks.__getitem__,
+            executor=executor,
+            ahead=ahead,
+            progress=progress,
         )
         for name, done, _ in calls:
             adapters[name] = done.adapter

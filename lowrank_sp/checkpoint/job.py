@@ -62,17 +62,18 @@ def _timed(call: _Call) -> Done:
 
 def per_layer(
     function: Callable[..., Any],
-    layers: Mapping[str, tuple[Any, ...]],
+    layers: Collection[str],
+    arguments: Callable[[str], tuple[Any, ...]],
     *,
     executor: Executor | None,
     ahead: int,
     progress: Progress | None,
 ) -> Iterator[Done]:
-    """``function(*layers[name])`` of every layer, in order; an error names the layer.
+    """``function(*arguments(name))`` of every layer, in order; an error names the layer.
 
-    The function and its arguments travel to the processes of the executor.
+    Arguments are read here, when it is the turn of a layer, and travel to the executor.
     """
-    calls = (_Call(name, function, arguments) for name, arguments in layers.items())
+    calls = (_Call(name, function, arguments(name)) for name in layers)
     for count, done in enumerate(run(_timed, calls, executor, ahead), start=1):
         name = done.name
         yield done
@@ -95,7 +96,8 @@ class Adapted(NamedTuple):
 
 def adapt(
     function: Callable[..., Adapted],
-    layers: Mapping[str, tuple[Any, ...]],
+    layers: Collection[str],
+    arguments: Callable[[str], tuple[Any, ...]],
     *,
     executor: Executor | None,
     ahead: int,
@@ -103,7 +105,9 @@ def adapt(
 ) -> tuple[dict[str, Product], list[LayerOutcome]]:
     """The layers of one adapter, and their rows in the report: see :func:`per_layer`."""
     found, rows = {}, []
-    calls = per_layer(function, layers, executor=executor, ahead=ahead, progress=progress)
+    calls = per_layer(
+        function, layers, arguments, executor=executor, ahead=ahead, progress=progress
+    )
     for name, (product, norm, error, note), seconds in calls:
         if product is not None:
             found[name] = product
@@ -113,12 +117,13 @@ def adapt(
     return found, rows
 
 
-def seeds(seed: Any, count: int) -> list[np.random.SeedSequence]:
+def seeds(seed: Any, layers: Sequence[str]) -> dict[str, np.random.SeedSequence]:
     """One child a layer, so that results do not depend on the executor."""
     try:
-        return np.random.SeedSequence(operator.index(seed)).spawn(count)
+        children = np.random.SeedSequence(operator.index(seed)).spawn(len(layers))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"seed must be a non-negative integer, got {seed!r}") from error
+    return dict(zip(layers, children, strict=True))
 
 
 def check_choice(name: str, choices: Collection[str], what: str) -> str:

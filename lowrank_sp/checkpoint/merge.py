@@ -10,7 +10,6 @@ import numpy as np
 
 from lowrank_sp.adapters.algebra import merge as merging
 from lowrank_sp.adapters.forms import Product
-from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.job import (
     Adapted,
     Progress,
@@ -121,14 +120,18 @@ def merge(
         )
     options = sizes | _rule(method, rule, density)
     sources = read_adapters(adapters, assume_same_base=assume_same_base)
-    named = dict(zip(adapters, [1.0] * len(adapters) if weights is None else weights, strict=True))
+    own = [1.0] * len(adapters) if weights is None else weights
+    named = dict(zip(adapters, own, strict=True))
     layers = all_layers(sources)
-    tasks = {
-        layer: (function, sources, layer, named, options, child)
-        for layer, child in zip(layers, seeds(seed, len(layers)), strict=True)
-    }
+    children = seeds(seed, layers)
+
+    def arguments(layer: str) -> tuple[Any, ...]:
+        return function, read_products(sources, layer), named, options, children[layer]
+
     with output(out, adapters, overwrite=overwrite) as folder:
-        found, rows = adapt(_merge, tasks, executor=executor, ahead=ahead, progress=progress)
+        found, rows = adapt(
+            _merge, layers, arguments, executor=executor, ahead=ahead, progress=progress
+        )
         save_adapter(folder / "adapter", joined(sources, found))
         said = {"method": method, "weights": weights, "density": density, "rank": rank, "tol": tol}
         said |= {"assume_same_base": assume_same_base or None, "seed": seed}
@@ -155,17 +158,15 @@ def _rule(
 
 def _merge(
     function: Callable[..., merging.Merged],
-    sources: Mapping[str, Adapter],
-    layer: str,
+    products: Mapping[str, Product],
     weights: Mapping[str, float],
     options: Mapping[str, Any],
     seed: np.random.SeedSequence,
 ) -> Adapted:
     options = dict(options)
-    products = read_products(sources, layer)
     first, *_ = products.values()
     notes = []
-    if len(products) < len(sources):
+    if len(products) < len(weights):
         notes.append(f"in {', '.join(products)} only")
     if "rank" in options:
         most = min(first.shape)

@@ -9,7 +9,6 @@ from typing import Any
 
 from lowrank_sp.adapters import algebra
 from lowrank_sp.adapters.forms import Product
-from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.job import (
     Adapted,
     Progress,
@@ -95,23 +94,27 @@ def resize(
         raise CheckpointError(f"tol or a rule choose ranks, got tol {tol} and rule {rule}")
     inputs = {"adapter": adapter}
     source = read_adapters(inputs)["adapter"]
-    tasks = {name: (source, name, rank, tol, rule, threshold) for name in source.layers}
     with output(out, inputs, overwrite=overwrite) as folder:
-        found, rows = adapt(_resize, tasks, executor=executor, ahead=ahead, progress=progress)
+        found, rows = adapt(
+            _resize,
+            source.layers,
+            lambda name: (as_product(source.layers[name], name), rank, tol, rule, threshold),
+            executor=executor,
+            ahead=ahead,
+            progress=progress,
+        )
         save_adapter(folder / "adapter", replace(source, layers=found))
         options = {"rank": rank, "tol": tol, "rule": rule, "threshold": threshold}
         return save_report(folder, "resize", inputs, options, rows)
 
 
 def _resize(
-    source: Adapter,
-    name: str,
+    product: Product,
     rank: int | None,
     tol: float | None,
     rule: str | None,
     threshold: float | None,
 ) -> Adapted:
-    product = as_product(source.layers[name], name)
     rank, note = capped(rank, product.rank_bound)
     # Without the scale, which the result keeps.
     every = algebra.resize(LowRank(product.up, product.down))

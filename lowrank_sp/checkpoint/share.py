@@ -13,7 +13,6 @@ import numpy as np
 from lowrank_sp.adapters import serving
 from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.serving import SharedAdapters
-from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.job import (
     Progress,
     all_layers,
@@ -110,15 +109,19 @@ def share(
             raise CheckpointError(f"{name!r} is no name of a directory; name the adapter otherwise")
     sources = read_adapters(adapters, assume_same_base=assume_same_base)
     layers = all_layers(sources)
-    tasks = {
-        name: (SHARINGS[method], sources, name, rank, options, stop, child)
-        for name, child in zip(layers, seeds(seed, len(layers)), strict=True)
-    }
+    children = seeds(seed, layers)
+
+    def arguments(layer: str) -> tuple[Any, ...]:
+        products = read_products(sources, layer)
+        return SHARINGS[method], products, rank, options, stop, children[layer]
+
     with output(out, adapters, overwrite=overwrite) as folder:
         found: dict[str, dict[str, Product]] = {name: {} for name in sources}
         shared: dict[str, tuple[list[str], SharedAdapters]] = {}
         rows, unsettled = [], []
-        calls = per_layer(_share, tasks, executor=executor, ahead=ahead, progress=progress)
+        calls = per_layer(
+            _share, layers, arguments, executor=executor, ahead=ahead, progress=progress
+        )
         for name, (solution, owners, note), seconds in calls:
             value = solution.value
             shared[name] = (owners, value)
@@ -186,14 +189,12 @@ def _save(path: Path, shared: Mapping[str, tuple[list[str], SharedAdapters]]) ->
 
 def _share(
     function: Callable[..., Solution],
-    sources: Mapping[str, Adapter],
-    layer: str,
+    products: Mapping[str, Product],
     rank: int,
     options: Mapping[str, Any],
     stop: Stop,
     seed: np.random.SeedSequence,
 ) -> tuple[Solution, list[str], str]:
-    products = read_products(sources, layer)
     first, *_ = products.values()
     options, notes = dict(options), []
     if "clusters" in options and options["clusters"] > len(products):
