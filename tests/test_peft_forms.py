@@ -1,22 +1,39 @@
 """Round trips through files with PEFT itself, for every method that has a form here."""
 
+import json
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lowrank_sp.adapters import forms
-from lowrank_sp.checkpoint import Checkpoint, read_adapter, write_adapter
+from lowrank_sp.checkpoint import (
+    Adapter,
+    Checkpoint,
+    CheckpointError,
+    check_same_base,
+    read_adapter,
+    write_adapter,
+)
 from lowrank_sp.operators import LinearOperator
 
 pytestmark = [
     # PEFT says so of every file without projections.
     pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),
+    # It looks for modules by the names of the masks of AdaLoRA, and takes an empty layer for broken.
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Adapter 'default'. 2 LoRA tensor:peft.utils.warning.PeftWarning"
+    ),
     # It wants the basis, which all layers share, once more for every layer.
     pytest.mark.filterwarnings(r"ignore:Found missing adapter keys.*randlora_A:UserWarning"),
 ]
@@ -30,26 +47,33 @@ TARGETS = list(SHAPES)
 class Tiny(nn.Module):
     """Layers of three shapes, one of them behind a dot."""
 
-    def __init__(self):
+    def __init__(self, linear=nn.Linear):
         super().__init__()
         self.even_in = nn.Linear(8, 24)
-        self.wide = nn.Linear(24, 12)
-        self.even = nn.Linear(24, 24, bias=False)
-        self.blocks = nn.ModuleDict({"tall": nn.Linear(12, 24)})
+        self.wide = linear(24, 12)
+        self.even = linear(24, 24)
+        self.blocks = nn.ModuleDict({"tall": linear(12, 24)})
 
     def forward(self, x):
         x = self.even(torch.tanh(self.even_in(x)))
         return self.blocks["tall"](torch.tanh(self.wide(torch.tanh(x))))
 
 
+def transposed(inputs, outputs):
+    """A layer of GPT-2, which stores inputs by outputs."""
+    layer = Conv1D(outputs, inputs)
+    nn.init.normal_(layer.weight, std=0.2)
+    return layer
+
+
 @dataclass(frozen=True)
 class Case:
-    """A method of PEFT with its options, and a form made without PEFT."""
+    """A method of PEFT, the form that it has here, its options, and the kind of layers."""
 
     config: type
     form: type
     options: dict = field(default_factory=dict)
-    create: object = None
+    linear: Callable[[int, int], nn.Module] = nn.Linear
 
 
 CASES = {
@@ -109,15 +133,29 @@ CASES = {
     ),
 }
 
+#: The same for layers of GPT-2, as far as PEFT has them.
+WITHOUT_CONV1D = {peft.LoHaConfig, peft.LoKrConfig, peft.PsoftConfig}
+for name, of_linear in list(CASES.items()):
+    if of_linear.config not in WITHOUT_CONV1D and name != "kasa":
+        options = {**of_linear.options, "fan_in_fan_out": True}
+        CASES[f"{name}, Conv1D"] = Case(of_linear.config, of_linear.form, options, transposed)
 
-def base() -> Tiny:
+
+def base(linear=nn.Linear) -> Tiny:
     torch.manual_seed(1)
-    return Tiny().eval()
+    return Tiny(linear).eval()
+
+
+def checkpoint_of(model: nn.Module, folder: Path) -> Checkpoint:
+    save_file({n: a.numpy() for n, a in model.state_dict().items()}, folder / "model.safetensors")
+    return Checkpoint(folder)
 
 
 def trained(case: Case) -> peft.PeftModel:
     """A model of PEFT, all of whose trained parameters have moved."""
-    model = peft.get_peft_model(base(), case.config(target_modules=TARGETS, **case.options))
+    model = peft.get_peft_model(
+        base(case.linear), case.config(target_modules=TARGETS, **case.options)
+    )
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -127,11 +165,8 @@ def trained(case: Case) -> peft.PeftModel:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("model")
-    weights = {name: a.numpy() for name, a in base().state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    return Checkpoint(folder)
+def checkpoint(case, tmp_path_factory) -> Checkpoint:
+    return checkpoint_of(base(case.linear), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +183,18 @@ def outputs(model: nn.Module, x: torch.Tensor) -> np.ndarray:
         return model(x).numpy()
 
 
-def load(folder: Path) -> peft.PeftModel:
-    return peft.PeftModel.from_pretrained(base(), str(folder)).eval()
+def load(folder: Path, linear=nn.Linear) -> peft.PeftModel:
+    return peft.PeftModel.from_pretrained(base(linear), str(folder)).eval()
+
+
+def changes(model: peft.PeftModel) -> dict[str, np.ndarray]:
+    """What PEFT adds to every weight, outputs by inputs, and beside it the size of the weight."""
+    found = {}
+    for name, (_, n) in SHAPES.items():
+        layer = model.base_model.model.get_submodule(name)
+        with torch.no_grad():
+            found[name] = (layer(torch.eye(n)) - layer.base_layer(torch.eye(n))).numpy().T
+    return found
 
 
 def assert_close(actual, expected, size=1.0):
@@ -184,26 +229,20 @@ def test_files_of_peft_give_its_updates(case, saved, checkpoint):
     for name, form in adapter.layers.items():
         assert type(form) is case.form
         assert form.shape == SHAPES[name]
-    weights = {
-        name: model.base_model.model.get_submodule(name).base_layer.weight.detach().clone().numpy()
-        for name in TARGETS
-    }
-    x = torch.eye(24)
+    expected = changes(model)
     for name, form in adapter.layers.items():
-        layer = model.base_model.model.get_submodule(name)
-        n = SHAPES[name][1]
-        with torch.no_grad():
-            change = (layer(x[:n, :n]) - layer.base_layer(x[:n, :n])).numpy().T
-        assert_close(dense(form), change, np.linalg.norm(weights[name]))
+        weight = checkpoint.tensors[f"{name}.weight"].read()
+        assert_close(dense(form), expected[name], np.linalg.norm(weight))
 
 
-def test_files_written_here_load_in_peft(saved, checkpoint, inputs, tmp_path):
+def test_files_written_here_load_in_peft(case, saved, checkpoint, inputs, tmp_path):
     model, folder = saved
     adapter = read_adapter(folder, model=checkpoint, svd=svd)
     write_adapter(tmp_path, adapter, model=checkpoint, svd=svd)
     expected = outputs(model, inputs)
-    assert np.linalg.norm(expected - outputs(base(), inputs)) > 0.01 * np.linalg.norm(expected)
-    assert_close(outputs(load(tmp_path), inputs), expected)
+    alone = outputs(base(case.linear), inputs)
+    assert np.linalg.norm(expected - alone) > 0.01 * np.linalg.norm(expected)
+    assert_close(outputs(load(tmp_path, case.linear), inputs), expected)
 
 
 def test_values_survive_reading_and_writing(saved, checkpoint, tmp_path):
@@ -219,3 +258,394 @@ def test_values_survive_reading_and_writing(saved, checkpoint, tmp_path):
         assert getattr(form, "scale", 1.0) == pytest.approx(
             getattr(second.layers[name], "scale", 1.0), rel=1e-15
         )
+
+
+def per_layer(create):
+    return lambda weights: {
+        name: create(weight, rng=i) for i, (name, weight) in enumerate(weights.items())
+    }
+
+
+def layered(create):
+    def made(weights):
+        form = create(list(weights.values()))
+        return {name: form.layer(i) for i, name in enumerate(weights)}
+
+    return made
+
+
+def pruned(weights):
+    """Of five triplets of every layer three, all, and none are left."""
+    keep = [np.array([True, False, True, True, False]), np.ones(5, bool), np.zeros(5, bool)]
+    whole = per_layer(partial(forms.DiagonalCore.create, rank=5, alpha=6))(weights)
+    return {name: form.kept(mask) for (name, form), mask in zip(whole.items(), keep, strict=True)}
+
+
+def mixed_ranks(weights):
+    return {
+        name: forms.Product.create(weight, rank, alpha=3, rng=rank)
+        for rank, (name, weight) in enumerate(weights.items(), start=2)
+    }
+
+
+def random_sums(weights):
+    some = next(iter(weights.values()))
+    basis = forms.random_basis(np.zeros((24, 24), some.dtype), 5, rng=0)
+    return {
+        name: forms.PositionalRandomSum.create(weight, 5, basis=basis)
+        for name, weight in weights.items()
+    }
+
+
+def tied_by_two(weights):
+    """The last two layers share their coefficients, the first has its own."""
+    first, second, third = weights
+    alone = forms.CombinedCore.create(weights[first], rank=2, size=3, rng=1)
+    form = forms.TiedCores.create([weights[second], weights[third]], rank=2, size=3, rng=0)
+    return {first: alone, second: form.layer(0), third: form.layer(1)}
+
+
+MADE_HERE = {
+    "product": per_layer(partial(forms.Product.create, rank=3, alpha=5)),
+    "product, third": per_layer(partial(forms.Product.create, rank=3, alpha=1)),
+    "product, mixed ranks": mixed_ranks,
+    "fixed up": per_layer(partial(forms.FixedUp.create, rank=3)),
+    "row magnitude": per_layer(partial(forms.RowMagnitude.create, rank=3, alpha=5)),
+    "diagonal core": per_layer(partial(forms.DiagonalCore.create, rank=3, alpha=5)),
+    "diagonal core, pruned": pruned,
+    "shared basis": layered(partial(forms.SharedBasis.create, rank=5, rng=0)),
+    "hadamard weight": per_layer(partial(forms.HadamardWeight.create, rank=3)),
+    "hadamard product": per_layer(partial(forms.HadamardProduct.create, rank=3, alpha=5)),
+    "abba": per_layer(partial(forms.HadamardProduct.from_weight, rank=3, scale=0.7)),
+    "kronecker": per_layer(partial(forms.KroneckerProduct.create, rank=2, alpha=5)),
+    "kronecker, whole": per_layer(partial(forms.KroneckerProduct.create, rank=12, alpha=5)),
+    "kronecker, both": per_layer(
+        partial(forms.KroneckerProduct.create, rank=1, factor=4, both=True, alpha=5)
+    ),
+    "random sum": random_sums,
+    "block grid": per_layer(partial(forms.BlockGrid.create, rank=4, blocks=2, alpha=5)),
+    "rotated core": per_layer(partial(forms.RotatedCore.create, rank=3, alpha=5)),
+    "combined core": per_layer(partial(forms.CombinedCore.create, rank=2, size=3)),
+    "combined core, tied": layered(partial(forms.TiedCores.create, rank=2, size=3, rng=0)),
+    "combined core, tied by two": tied_by_two,
+}
+
+
+def moved(layers):
+    """All trained arrays changed, those that layers share alike."""
+    rng = np.random.default_rng(5)
+    steps = {}
+    for form in layers.values():
+        for a in form.parameters().values():
+            step = 0.3 * rng.standard_normal(a.shape)
+            steps.setdefault(id(a), (a + step).astype(a.dtype))
+    return {
+        name: form.replace({key: steps[id(a)] for key, a in form.parameters().items()})
+        for name, form in layers.items()
+    }
+
+
+@pytest.mark.parametrize("kind", MADE_HERE)
+def test_forms_made_here_are_the_same_in_peft(kind, tmp_path):
+    model = checkpoint_of(base(), tmp_path)
+    weights = {name: model.tensors[f"{name}.weight"].read() for name in TARGETS}
+    layers = moved(MADE_HERE[kind](weights))
+    write_adapter(tmp_path, Adapter(layers), model=model, svd=svd)
+    loaded = changes(load(tmp_path))
+    again = read_adapter(tmp_path, model=model, svd=svd).layers
+    for name, form in layers.items():
+        expected, size = dense(form), np.linalg.norm(weights[name])
+        assert_close(loaded[name], expected, size)
+        assert_close(dense(again[name]), expected, size)
+
+
+def test_cut_ranks_of_adalora_are_read_with_the_scale_of_the_start(tmp_path):
+    case = CASES["adalora"]
+    model = trained(case)
+    masks = {"wide": [True, False, True, True, False], "even": [False] * 5}
+    config = model.peft_config["default"]
+    config.rank_pattern = {f"{name}.lora_E.default": mask for name, mask in masks.items()}
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.base_model.model.get_submodule(name).lora_E["default"][~torch.tensor(mask)] = 0
+    model.save_pretrained(str(tmp_path))
+    adapter = read_adapter(tmp_path)
+    assert [adapter.layers[name].up.shape[1] for name in TARGETS] == [3, 0, 5]
+    for name, change in changes(model).items():
+        assert_close(dense(adapter.layers[name]), change, 2.0)
+
+
+class Mixed(nn.Module):
+    """An embedding, two convolutions and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 16)
+        self.conv = nn.Conv2d(1, 6, (3, 2))
+        self.point = nn.Conv2d(6, 4, 1)
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, tokens):
+        x = self.table(tokens).reshape(-1, 1, 4, 4)
+        return self.last(torch.tanh(self.point(self.conv(x))).mean((2, 3)))
+
+
+def test_embeddings_and_convolutions(tmp_path):
+    def model():
+        torch.manual_seed(1)
+        return Mixed().eval()
+
+    targets = ["table", "conv", "point", "last"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets)
+    original = peft.get_peft_model(model(), config).eval()
+    with torch.no_grad():
+        for parameter in original.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    original.save_pretrained(str(tmp_path))
+    disk = checkpoint_of(model(), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "base.safetensors")
+    adapter = read_adapter(tmp_path, model=Checkpoint(tmp_path / "base.safetensors"))
+    assert adapter.embeddings == {"table"}
+    assert adapter.kernels == {"conv": (3, 2), "point": (1, 1)}
+    merged = {name: a.numpy() for name, a in original.merge_and_unload().state_dict().items()}
+    for name, form in adapter.layers.items():
+        weight = model().get_submodule(name).weight.detach().numpy()
+        change = merged[f"{name}.weight"] - weight
+        change = change.T if name == "table" else change.reshape(change.shape[0], -1)
+        assert_close(dense(form), change, np.linalg.norm(weight))
+    (tmp_path / "again").mkdir()
+    write_adapter(tmp_path / "again", adapter)
+    again = peft.PeftModel.from_pretrained(model(), str(tmp_path / "again")).merge_and_unload()
+    for name, a in again.state_dict().items():
+        assert_close(a.numpy(), merged[name])
+    assert disk.path == tmp_path
+
+
+def test_every_layer_is_read_when_it_is_asked_for(tmp_path):
+    layers = MADE_HERE["product"]({name: np.zeros(shape) for name, shape in SHAPES.items()})
+    write_adapter(tmp_path, Adapter(layers, "base", "sha256:1"))
+    adapter = pickle.loads(pickle.dumps(read_adapter(tmp_path)))
+    assert (adapter.base, adapter.fingerprint) == ("base", "sha256:1")
+    assert "3 layers of plain LoRA" in repr(adapter.layers)
+    assert adapter.products().keys() == layers.keys()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(OSError, match="adapter_model"):
+        adapter.layers["even"]
+
+
+def test_transposed_arrays_are_stored_by_rows(tmp_path):
+    rng = np.random.default_rng(0)
+    up, down = rng.standard_normal((3, 24)).T, np.asfortranarray(rng.standard_normal((3, 12)))
+    write_adapter(tmp_path, Adapter({"tall": forms.Product(up, down)}))
+    again = read_adapter(tmp_path).layers["tall"]
+    assert np.array_equal(again.up, up)
+    assert np.array_equal(again.down, down)
+
+
+def test_patterns_match_no_other_layer(tmp_path):
+    layers = {
+        name: forms.Product.create((6, 4), rank, rng=0)
+        for name, rank in {"q": 1, "a.q": 2, "b.q": 2, "c.q": 2}.items()
+    }
+    write_adapter(tmp_path, Adapter(layers))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"^q": 1}
+    read = read_adapter(tmp_path).layers
+    assert {name: form.scale for name, form in read.items()} == dict.fromkeys(layers, 1.0)
+
+
+def test_bases_are_told_apart():
+    def made_for(base, fingerprint=None):
+        return Adapter({"q": forms.Product.create((6, 4), 2)}, base, fingerprint)
+
+    check_same_base({"a": made_for("x", "1"), "b": made_for("y", "1")})
+    check_same_base({"a": made_for("x", "1"), "b": made_for("x")})
+    with pytest.raises(CheckpointError, match="one base, got '1' of a and '2' of b"):
+        check_same_base({"a": made_for("x", "1"), "b": made_for("x", "2")})
+    with pytest.raises(CheckpointError, match="one base, got 'x' of a and 'y' of b"):
+        check_same_base({"a": made_for("x"), "b": made_for("y", "2")})
+
+
+PRODUCT = forms.Product.create((12, 24), 3, rng=0)
+NOT_WRITTEN = {
+    "no layer": ({}, "at least one layer"),
+    "two forms": (
+        {"a": PRODUCT, "b": forms.HadamardProduct.create((12, 24), 3)},
+        "one form for all layers, got Product of a and HadamardProduct of b",
+    ),
+    "no method": (
+        {"a": forms.RandomSum.create((12, 24), 3)},
+        "RandomSum has no method in PEFT; convert it by",
+    ),
+    "scales of AdaLoRA": (
+        {
+            "a": forms.DiagonalCore.create((12, 24), 3),
+            "b": forms.DiagonalCore.create((12, 24), 3, alpha=5),
+        },
+        "AdaLoRA has one scale for all layers, got 1.0 of a and .* of b",
+    ),
+    "ranks of LoHa": (
+        {"a": forms.HadamardProduct.from_weight(np.ones((12, 24)), 3, rank2=2)},
+        "one rank for both products, got 3 and 2",
+    ),
+    "factor of LoKr": (
+        {"a": forms.KroneckerProduct(np.ones((2, 4)), np.ones((6, 6)))},
+        r"none gives \(2, 4\) x \(6, 6\) of a",
+    ),
+    "unfactored part of LoKr": (
+        {
+            "a": forms.KroneckerProduct(
+                np.ones((3, 4)), np.ones((4, 1)), right_down=np.ones((1, 6))
+            ),
+            "b": forms.KroneckerProduct(
+                np.ones((3, 1)), np.ones((4, 1)), np.ones((1, 4)), np.ones((1, 6))
+            ),
+        },
+        "a: PEFT factors the parts",
+    ),
+    "grids": (
+        {
+            "a": forms.BlockGrid.create((12, 24), 4, blocks=2),
+            "b": forms.BlockGrid.create((12, 24), 4, blocks=4),
+        },
+        "GraLoRA has one .* for all layers",
+    ),
+    "bases of VeRA": (
+        {"a": forms.Gains.create((12, 24), 3, rng=0), "b": forms.Gains.create((12, 24), 3, rng=1)},
+        "b: down must be a part of one array that all layers of VeRA share",
+    ),
+    "terms of RandLoRA": (
+        {
+            "a": forms.PositionalRandomSum(
+                np.ones((5, 12)), np.ones((24, 2, 5)), np.ones((5, 2)), np.ones((2, 12)), True
+            )
+        },
+        "a: PEFT takes 3 terms of rank 5",
+    ),
+    "ties of TinyLoRA": (
+        dict(
+            zip(
+                "abcd",
+                [
+                    forms.CombinedCore.create(np.eye(6), rng=0, size=2).replace(
+                        {"coefficients": np.array([1.0, min(i, 1)])}
+                    )
+                    for i in range(4)
+                ],
+                strict=True,
+            )
+        ),
+        "2 groups begin at a, c, got a, b",
+    ),
+    "PSOFT without a model": (
+        {"a": forms.RotatedCore.create(np.diag([3.0, 2.0, 1.0]), 2)},
+        "a: PSOFT cannot be read or written without the base model; give model",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_WRITTEN)
+def test_what_a_file_cannot_say_is_not_written(kind, tmp_path):
+    layers, message = NOT_WRITTEN[kind]
+    with pytest.raises(CheckpointError, match=message):
+        write_adapter(tmp_path, Adapter(layers))
+
+
+def test_methods_that_peft_lacks_for_transposed_weights_and_embeddings(tmp_path):
+    layers = {"a": forms.HadamardProduct.create((12, 24), 3)}
+    with pytest.raises(CheckpointError, match="no LoHa for weights that are stored inputs by"):
+        write_adapter(tmp_path, Adapter(layers, fan_in_fan_out=True))
+    with pytest.raises(CheckpointError, match="a: embeddings and convolutions are written as"):
+        write_adapter(tmp_path, Adapter(layers, embeddings=frozenset("a")))
+
+
+Q = "base_model.model.wide"
+#: A case, changes of its configuration and tensors, and the error.
+NOT_READ = {
+    "missing": ("loha", {}, {f"{Q}.hada_w2_a": None}, r"wide lacks hada_w2_a"),
+    "unknown": (
+        "loha",
+        {},
+        {f"{Q}.hada_t1": np.ones((3, 3, 1, 1))},
+        r"hada_t1 is not a part of LoHa",
+    ),
+    "suffix of another method": (
+        "adalora",
+        {},
+        {f"{Q}.lora_A.weight": np.ones((5, 24), np.float32)},
+        r"lora_A\.weight is not a part of AdaLoRA",
+    ),
+    "shape": (
+        "hira",
+        {},
+        {f"{Q}.hira_A": np.ones((3, 23), np.float32)},
+        r"wide: .* hira_A \(3, 23\)",
+    ),
+    "mask": (
+        "adalora",
+        {"rank_pattern": {"wide.lora_E": [True, False, True, True, False]}},
+        {},
+        r"wide: lora_E must have shape \(3, 1\) by init_r and rank_pattern, got \(5, 1\)",
+    ),
+    "rank of LoKr": (
+        "lokr",
+        {"r": 3},
+        {},
+        "the factors must have the rank of the configuration, 3",
+    ),
+    "no projection": (
+        "randlora",
+        {"save_projection": False},
+        {"base_model.randlora_A": None},
+        "save the adapter there with save_projection=True",
+    ),
+    "option": ("psoft", {"use_cayley_neumann": True}, {}, "use_cayley_neumann=True of PSOFT"),
+    "type": ("lora", {"peft_type": "IA3"}, {}, "peft_type must be one of ADALORA, .*, got IA3"),
+    "expression": ("lora", {"alpha_pattern": {"(": 2}}, {}, "not a regular expression"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
+def test_what_is_wrong_with_a_file_is_named(kind, tmp_path):
+    name, config, tensors, message = NOT_READ[kind]
+    trained(CASES[name]).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    path = tmp_path / "adapter_model.safetensors"
+    changed = {**load_file(path), **tensors}
+    save_file({key: a for key, a in changed.items() if a is not None}, path)
+    (tmp_path / "base").mkdir()
+    model = checkpoint_of(base(), tmp_path / "base")
+    with pytest.raises(CheckpointError, match=message):
+        dict(read_adapter(tmp_path, model=model, svd=svd).layers)
+
+
+@pytest.mark.parametrize("name", ["dora", "hira", "vera", "randlora", "psoft"])
+def test_methods_that_need_the_model_say_so(name, tmp_path):
+    trained(CASES[name]).save_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match="read or written without the base model; give model"):
+        read_adapter(tmp_path)
+
+
+def test_shapes_are_those_of_the_model(tmp_path):
+    trained(CASES["loha"]).save_pretrained(str(tmp_path))
+    (tmp_path / "base").mkdir()
+    shapes = {**SHAPES, "even": (24, 25)}
+    weights = {f"{name}.weight": np.ones(shape) for name, shape in shapes.items()}
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    message = r"even has the shape \(24, 25\) in the model, got \(24, 24\)"
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path, model=Checkpoint(tmp_path / "base"))
+
+
+def test_bases_of_psoft_that_no_routine_determines(tmp_path):
+    layers = {"q": forms.RotatedCore.create(np.diag([3.0, 2.0, 1.0]), 2)}
+    model = checkpoint_of(nn.ModuleDict({"q": nn.Linear(3, 3)}), tmp_path)
+    with pytest.raises(CheckpointError, match="must be the leading singular vectors"):
+        write_adapter(tmp_path, Adapter(layers), model=model, svd=svd)
+    with pytest.raises(CheckpointError, match="give svd, the routine that PEFT uses"):
+        write_adapter(tmp_path, Adapter(layers), model=model)
+    save_file({"q.weight": np.eye(3, dtype=np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="singular values 1 and 2 of the weight agree"):
+        write_adapter(tmp_path, Adapter(layers), model=Checkpoint(tmp_path), svd=svd)

@@ -241,6 +241,7 @@ METHODS = (
         sides.load_psoft,
         sides.save_psoft,
         sides.configure_psoft,
+        conv1d=False,
         needs_model=True,
         by_value=True,
     ),
