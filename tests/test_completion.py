@@ -427,8 +427,18 @@ def test_scaled_gd_with_damping_takes_too_large_a_rank():
     assert lr.relative_error(plain.value, p.truth) >= 1e-2
 
 
+def test_scaled_gd_comes_down_from_a_start_far_worse_than_zero():
+    """Few entries overfit the leading triplets, which are then divided by the sampling rate."""
+    p = problem(2.2, shape=(200, 200))
+    start = completion.scaled_gd(p.entries, rank=RANK, rng=0, stop=lr.Stop(max_iter=0))
+    assert p.entries.relative_residual(start.value) >= 3.0
+    stop = lr.Stop(max_iter=1500, tol=1e-9)
+    solution = completion.scaled_gd(p.entries, rank=RANK, rng=0, stop=stop)
+    assert lr.relative_error(solution.value, p.truth) <= 1e-5
+
+
 def test_a_diverging_step_ends_with_the_last_good_iterate():
-    solution = completion.scaled_gd(problem(6.0).entries, rank=RANK, step_size=30.0, rng=0)
+    solution = completion.svt(problem(6.0).entries, rank=RANK, step_size=50.0, rng=0)
     assert solution.converged is False
     assert "diverged in step" in solution.reason
     assert np.all(np.isfinite(solution.value.to_dense()))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from lowrank_sp._arrays import RNG, Array, adjoint, frobenius, namespace
 from lowrank_sp.factors import Factored, LowRank
+from lowrank_sp.inverse._problem import fits
 from lowrank_sp.inverse.completion.problem import Callback, Fit, Problem, fit, relative_change
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.inverse.tangent import inner
@@ -192,7 +195,8 @@ def scaled_gd(
     stop : Stop
         As in :func:`lmafit`.
     step_size : float
-        ``eta``.
+        ``eta``. A step that would diverge, as the first ones from few entries do, goes to the least
+        residual along its direction instead.
     damping : float
         ``delta``, in units of the largest singular value of the matrix, as the spectral start
         estimates it: the ``ridge`` of the rule, which stays as it is while the factors grow, and
@@ -205,7 +209,8 @@ def scaled_gd(
 
     Notes
     -----
-    A step costs ``3 M r + 2 (m + n) r^2`` multiplications.
+    A step costs ``3 M r + 2 (m + n) r^2`` multiplications, and ``3 M r`` more where it is
+    shortened: along a line the squared residual is a polynomial of degree four.
 
     Examples
     --------
@@ -229,6 +234,9 @@ def scaled_gd(
         downhill = Pair(residual.matmul(adjoint(right)), adjoint(residual.rmatmul(left)))
         move = scaled(Pair(left, right), downhill, 1.0, ridge=ridge)
         new = fit(problem.entries, left + length * move.up, right + length * move.down)
+        if not fits(new.residual.norm(), max(size, residual.norm())):
+            best = _best_length(residual, left, right, move)
+            new = fit(problem.entries, left + best * move.up, right + best * move.down)
         return new, relative_change(new.residual, residual, size)
 
     f = problem.start(init, rng)
@@ -239,6 +247,20 @@ def scaled_gd(
         stop=stop,
         callback=callback,
     )
+
+
+def _best_length(residual: Entries, left: Array, right: Array, move: Pair) -> float:
+    """The ``t`` for which ``(left + t move.up) (right + t move.down)`` leaves least."""
+    e = residual.values
+    first = -residual.sampled(move.up, right) - residual.sampled(left, move.down)
+    second = -residual.sampled(move.up, move.down)
+    products = [[inner((a,), (b,)) for b in (e, first, second)] for a in (e, first, second)]
+    (a, b, c), (_, d, f), (_, _, g) = products
+    # ||e + t first + t^2 second||^2, from t^4 down.
+    polynomial = np.array([g, 2 * f, d + 2 * c, 2 * b, a])
+    roots = np.roots(np.polyder(polynomial))
+    flat = np.append(roots[abs(roots.imag) <= 1e-6 * abs(roots)].real, 0.0)
+    return float(flat[np.argmin(np.polyval(polynomial, flat))])
 
 
 def _ratio(direction: Array, gradient: Array, move: Array) -> float:

@@ -47,7 +47,9 @@ def relative_change(new: Entries, old: Entries, size: float) -> float:
 
     Infinite where the new residual says that the method diverges.
     """
-    return frobenius(new.values - old.values) / size if fits(new.norm(), size) else math.inf
+    # A start may be far worse than zero; from there a method has to come down first.
+    fine = fits(new.norm(), max(size, old.norm()))
+    return frobenius(new.values - old.values) / size if fine else math.inf
 
 
 @dataclass(frozen=True)
