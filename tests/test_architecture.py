@@ -140,7 +140,7 @@ def exported():
     bridge = importlib.import_module("lowrank_sp.torch")
     solvers = (inverse, inverse.completion, inverse.sensing, inverse.synthetic, updates)
     algebra = (adapters.algebra, adapters.algebra.merge)
-    many = (*algebra, adapters.federated, adapters.serving)
+    many = (*algebra, adapters.federated, adapters.serving, adapters.compensate, adapters.compress)
     for module in (lowrank_sp, linalg, operators, tensors, adapters, *many, bridge, *solvers):
         for name, thing in vars(module).items():
             if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):

@@ -45,6 +45,8 @@ WITH_EXAMPLES = {
     "lowrank_sp.adapters.algebra.merge.exact",
     "lowrank_sp.adapters.algebra.merge.subspace",
     "lowrank_sp.adapters.algebra.sums",
+    "lowrank_sp.adapters.compensate",
+    "lowrank_sp.adapters.compress",
     "lowrank_sp.adapters.federated",
     "lowrank_sp.adapters.initializers.activation",
     "lowrank_sp.adapters.initializers.allocation",

@@ -19,6 +19,8 @@ DOCS = Path(__file__).parent.parent / "docs"
         "merging.md",
         "federated.md",
         "serving.md",
+        "quantized.md",
+        "compress.md",
         "forms-svd.md",
         "forms-rank.md",
         "forms-layers.md",

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header, read_object
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 # Architectures whose linear layers are Conv1D modules, which store inputs by outputs.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl")
 _CONV1D_LAYERS = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
@@ -76,7 +76,7 @@ class Checkpoint:
 
     @cached_property
     def _index(self) -> dict[str, str] | None:
-        index = self.path / _INDEX
+        index = self.path / INDEX
         if not index.is_file():
             return None
         where = read_object(index, "index").get("weight_map")
@@ -109,9 +109,7 @@ class Checkpoint:
     def _shard(self, name: str) -> Path:
         path = self.path / name
         if Path(name).name != name:
-            raise CheckpointError(
-                f"{self.path / _INDEX}: shard {name!r} lies outside the directory"
-            )
+            raise CheckpointError(f"{self.path / INDEX}: shard {name!r} lies outside the directory")
         if not path.is_file():
             raise CheckpointError(f"{self.path}: shard {name} is missing; fetch it again")
         return path
