@@ -4,6 +4,7 @@ import json
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from lowrank_sp import checkpoint
-from lowrank_sp.adapters import algebra, federated, serving, statistics
+from lowrank_sp.adapters import algebra, compensate, federated, serving, statistics
+from lowrank_sp.adapters import quantize as formats
 from lowrank_sp.adapters.algebra import merge as merging
 from lowrank_sp.adapters.forms import HadamardProduct, Product, RowMagnitude
 from lowrank_sp.adapters.initializers import CALIBRATED
@@ -464,6 +466,39 @@ def test_forms_that_need_the_weight_get_it_from_the_base(model, tmp_path):
     assert np.linalg.norm(delta - dense(product)) == pytest.approx(row.error, rel=1e-3)
 
 
+def test_kohya_and_back(model, adapters, tmp_path):
+    out, prefix = tmp_path / "kohya", "lora_te"
+    checkpoint.convert(adapters["bob"], out, to="kohya", prefix=prefix)
+    file = out / "adapter.safetensors"
+    assert f"{prefix}_{NAMES[0].replace('.', '_')}.alpha" not in load_file(file)
+    assert f"{prefix}_{ATTENTION[0].replace('.', '_')}.alpha" in load_file(file)
+    checkpoint.convert(file, tmp_path / "peft", prefix=prefix, base=model)
+    adapter = read_adapter(tmp_path / "peft" / "adapter")
+    assert adapter.base == str(model)
+    before = parts(adapters["bob"])
+    assert before.keys() == adapter.layers.keys()
+    for name, product in adapter.layers.items():
+        assert np.array_equal(product.up, before[name].up)
+        assert np.array_equal(product.down, before[name].down)
+        assert product.scale == pytest.approx(before[name].scale)
+    report = checkpoint.convert(file, tmp_path / "less", prefix=prefix, base=model, rank=1)
+    assert {row.rank for row in report.layers} == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "kohya"}, "a prefix such as lora_unet is for files of kohya"),
+        ({"prefix": "lora_unet"}, "a prefix such as lora_unet is for files of kohya"),
+        ({"to": "koya"}, "to must be one of peft, kohya, got 'koya'; did you mean kohya"),
+    ],
+)
+def test_names_of_kohya_need_a_prefix(options, message, adapters, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.convert(adapters["bob"], tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_jobs_on_plain_lora_refuse_other_forms(tmp_path, model):
     form = HadamardProduct(*(np.ones(s, np.float32) for s in [(4, 1), (1, 4), (4, 1), (1, 4)]))
     source = write(tmp_path / "loha", {"x": form}, base=str(model))
@@ -487,10 +522,13 @@ def calibration(model, tmp_path_factory):
         gradient = gaussian(m, n, seed=k + 40, dtype=np.float32)
         for statistic in (
             statistics.SecondMoment.of(x),
+            statistics.MeanSquare.of(x),
+            statistics.MeanMagnitude.of(x),
             statistics.InputPCA.of(x, rank=6, rng=0),
             statistics.MeanGradient.of(gradient),
         ):
             arrays |= statistics.pack({layer.name: statistic})
+        arrays[f"{layer.name}.fisher"] = gradient**2
     file = tmp_path_factory.mktemp("calibration") / "statistics.safetensors"
     save_file(arrays, file)
     return file
@@ -543,6 +581,109 @@ def test_calibration_files_are_checked_first(model, calibration, tmp_path):
     few[f"{name}.second_moment"] = np.ones((5, 5))
     save_file(few, tmp_path / "wrong.safetensors")
     start("weighted", tmp_path / "wrong.safetensors", f"{name}: second_moment must")
+
+
+# Quantized bases
+
+
+def decoded(folder, name):
+    return Checkpoint(folder).tensors[f"{name}.weight"].read()
+
+
+@pytest.mark.parametrize("method", compensate.COMPENSATIONS)
+def test_quantize_is_the_function_on_every_layer(method, model, calibration, tmp_path):
+    function, statistic = compensate.COMPENSATIONS[method]
+    file = None if statistic is None else calibration
+    out = tmp_path / "out"
+    report = checkpoint.quantize(
+        model, out, to="int", bits=3, block=16, compensate=method, rank=4, calibration=file
+    )
+    found, arrays = parts(out / "adapter"), load_file(calibration)
+    quantizer = partial(formats.int_symmetric, bits=3, block=16)
+    children = np.random.SeedSequence(0).spawn(len(report.layers))
+    for row, child in zip(report.layers, children, strict=True):
+        weight = decoded(model, row.name)
+        data = {} if statistic is None else {statistic: arrays[f"{row.name}.{statistic}"]}
+        rng = np.random.default_rng(child)
+        expected = function(weight, 4, quantize=quantizer, rng=rng, **data)
+        assert close(decoded(out / "base", row.name), expected.base.to_dense(), weight)
+        assert close(dense(found[row.name]), expected.correction.to_dense(), weight)
+        lost = weight - decoded(out / "base", row.name) - dense(found[row.name])
+        assert row.error == pytest.approx(np.linalg.norm(lost), rel=1e-4)
+        assert row.norm == pytest.approx(np.linalg.norm(weight), rel=1e-6)
+    assert_reported(report, out)
+    assert read_adapter(out / "adapter").base == str(out / "base")
+
+
+@pytest.mark.parametrize("to", checkpoint.FORMATS)
+def test_bases_have_the_values_of_their_format(to, model, tmp_path):
+    report = checkpoint.quantize(model, tmp_path / "out", to=to, targets="q_proj")
+    (name,) = (row.name for row in report.layers)
+    weight, stored = decoded(model, name), decoded(tmp_path / "out" / "base", name)
+    assert np.array_equal(stored, checkpoint.FORMATS[to](weight).to_dense())
+    again = checkpoint.FORMATS[to](stored).to_dense()
+    assert close(again, stored)
+    assert not (tmp_path / "out" / "adapter").exists()
+    (row,) = report.layers
+    assert (row.rank, row.note) == (0, "")
+    assert row.error == pytest.approx(np.linalg.norm(weight - stored), rel=1e-5)
+    before, after = (load_file(m / "model.safetensors") for m in (model, tmp_path / "out" / "base"))
+    changed = [key for key, tensor in before.items() if not np.array_equal(tensor, after[key])]
+    assert changed == [f"{name}.weight"]
+
+
+def test_a_quantized_base_and_its_adapter_in_peft(model, tmp_path):
+    checkpoint.quantize(model, tmp_path / "out", compensate="lorc", rank=100)
+    found = logits(tmp_path / "out" / "base", tmp_path / "out" / "adapter")
+    assert close(found, logits(model), slack=1000)
+    assert not close(logits(tmp_path / "out" / "base"), logits(model), slack=1e5)
+
+
+def test_transposed_weights_are_quantized_by_outputs(tmp_path):
+    (tmp_path / "model").mkdir()
+    weight = gaussian(20, 30).astype(np.float32)
+    save_file({"c_fc.weight": weight}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    report = checkpoint.quantize(tmp_path / "model", tmp_path / "out", compensate="lorc", rank=3)
+    stored = decoded(tmp_path / "out" / "base", "c_fc")
+    assert close(stored, formats.nf4(weight.T).to_dense().T)
+    lost = weight.T - stored.T - dense(parts(tmp_path / "out" / "adapter")["c_fc"])
+    assert report.layers[0].error == pytest.approx(np.linalg.norm(lost), rel=1e-4)
+    assert read_adapter(tmp_path / "out" / "adapter").fan_in_fan_out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "nf5"}, "to must be one of nf4, .*; did you mean nf4"),
+        ({"bits": 3}, "bits is for int, int_affine only, got bits 3 for nf4"),
+        ({"rank": 3}, "a compensation needs a rank, and only it does"),
+        ({"compensate": "lorc"}, "a compensation needs a rank, and only it does"),
+        ({"compensate": "lor", "rank": 2}, "did you mean lorc"),
+        ({"compensate": "qera", "rank": 2}, "qera needs the second_moment of every layer"),
+        ({"compensate": "lorc", "rank": 2, "calibration": "x"}, "a calibration is for lqer, "),
+        ({"calibration": "x"}, "a calibration is for a compensation"),
+        ({"to": "int", "bits": 9}, r"mlp\.down_proj: bits must be in 2\.\.8"),
+    ],
+)
+def test_bad_options_of_quantize_are_named(options, message, model, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.quantize(model, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_second_moments_come_with_their_samples(calibration, tmp_path):
+    found = checkpoint.SecondMoments(calibration)
+    arrays = load_file(calibration)
+    expected = statistics.unpack(statistics.SecondMoment, arrays)
+    assert len(found) == len(expected) == 7
+    for name, statistic in expected.items():
+        assert found[name].count == statistic.count == 300
+        assert np.array_equal(found[name].mean, statistic.mean)
+    del arrays[f"{NAMES[0]}.second_moment_count"]
+    save_file(arrays, tmp_path / "few.safetensors")
+    with pytest.raises(CheckpointError, match=f"{NAMES[0]}.second_moment_count must be there"):
+        checkpoint.SecondMoments(tmp_path / "few.safetensors")[NAMES[0]]
 
 
 # Sharing

@@ -5,6 +5,7 @@ from lowrank_sp.checkpoint.adapter import check_same_base as check_same_base
 from lowrank_sp.checkpoint.bank import read_bank as read_bank
 from lowrank_sp.checkpoint.bank import write_bank as write_bank
 from lowrank_sp.checkpoint.calibration import Calibration as Calibration
+from lowrank_sp.checkpoint.calibration import SecondMoments as SecondMoments
 from lowrank_sp.checkpoint.convert import convert as convert
 from lowrank_sp.checkpoint.demo import run_demo as run_demo
 from lowrank_sp.checkpoint.demo import write_demo_model as write_demo_model
@@ -25,6 +26,8 @@ from lowrank_sp.checkpoint.peft import read_adapter as read_adapter
 from lowrank_sp.checkpoint.peft import write_adapter as write_adapter
 from lowrank_sp.checkpoint.preflight import Finding as Finding
 from lowrank_sp.checkpoint.preflight import preflight as preflight
+from lowrank_sp.checkpoint.quantize import FORMATS as FORMATS
+from lowrank_sp.checkpoint.quantize import quantize as quantize
 from lowrank_sp.checkpoint.report import JobReport as JobReport
 from lowrank_sp.checkpoint.report import LayerOutcome as LayerOutcome
 from lowrank_sp.checkpoint.report import LayerReport as LayerReport

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_sp.checkpoint.tensors import CheckpointError, read_header
+from lowrank_sp.adapters.statistics import SecondMoment
+from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header
+
+_INTEGERS = {"I32": "<i4", "I64": "<i8"}
 
 
 class Calibration(Mapping[str, np.ndarray]):
@@ -28,6 +31,7 @@ class Calibration(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str | Path, statistic: str):
         self.path, self.statistic = Path(path), statistic
+        self._tensors: dict[str, Tensor] = {}
         tensors = read_header(self.path)
         end = f".{statistic}"
         self._tensors = {k.removesuffix(end): t for k, t in tensors.items() if k.endswith(end)}
@@ -52,3 +56,55 @@ class Calibration(Mapping[str, np.ndarray]):
                 f"{missing[0]}: no {self.statistic} in {self.path} ({len(missing)} such layers); "
                 "collect it, or choose other targets"
             )
+
+
+class SecondMoments(Mapping[str, SecondMoment]):
+    """The second moments of many layers with the numbers of their samples, by layer.
+
+    Parameters
+    ----------
+    path : path
+        As in :class:`Calibration`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._means = Calibration(path, SecondMoment.key)
+        self._tensors = read_header(self.path)
+
+    def __getitem__(self, layer: str) -> SecondMoment:
+        name = f"{layer}.{SecondMoment.key}_count"
+        mean, counted = self._means[layer], self._tensors.get(name)
+        if counted is None or counted.dtype not in _INTEGERS:
+            raise CheckpointError(
+                f"{self.path}: {name} must be there, an integer; pack the statistics again"
+            )
+        (count,) = np.frombuffer(b"".join(counted.blocks()), _INTEGERS[counted.dtype])
+        return SecondMoment(mean, int(count))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._means)
+
+    def __len__(self) -> int:
+        return len(self._means)
+
+
+def calibration_for(
+    method: str, statistics: Mapping[str, str | None], path: str | Path | None
+) -> Calibration | None:
+    """What a method needs of every layer, or None for one that needs nothing.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, or given to a method that has no use for it.
+    """
+    needed = statistics[method]
+    if needed is None and path is not None:
+        takers = ", ".join(name for name, statistic in statistics.items() if statistic is not None)
+        raise CheckpointError(f"a calibration is for {takers} only, got {path} for {method}")
+    if needed is not None and path is None:
+        raise CheckpointError(
+            f"{method} needs the {needed} of every layer; pass --calibration FILE.safetensors"
+        )
+    return None if needed is None or path is None else Calibration(path, needed)

@@ -16,12 +16,14 @@ from lowrank_sp.checkpoint.job import (
     Progress,
     adapt,
     capped,
+    check_choice,
     check_size,
     output,
     read_products,
     save_adapter,
     save_report,
 )
+from lowrank_sp.checkpoint.kohya import read_kohya, write_kohya
 from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.output import final_path
 from lowrank_sp.checkpoint.peft import read_adapter
@@ -38,6 +40,8 @@ def convert(
     *,
     start: str | Path | None = None,
     base: str | Path | None = None,
+    to: str = "peft",
+    prefix: str | None = None,
     rank: int | None = None,
     tol: float | None = None,
     overwrite: bool = False,
@@ -54,17 +58,24 @@ def convert(
     Parameters
     ----------
     adapter : path
-        A directory of PEFT, in a form that :func:`~lowrank_sp.checkpoint.peft.read_adapter` knows.
+        A directory of PEFT, in a form that :func:`~lowrank_sp.checkpoint.peft.read_adapter` knows,
+        or a file that :func:`~lowrank_sp.checkpoint.kohya.read_kohya` does.
     out : path
-        Directory to create. It gets ``adapter/`` and ``report.json``, and appears at the end,
-        whole.
+        Directory to create. It gets ``report.json`` and ``adapter/`` or ``adapter.safetensors``,
+        and appears at the end, whole.
     start : path, optional
         The untrained adapter, in the ``adapter/`` that
         :func:`~lowrank_sp.checkpoint.initialize.initialize` wrote. Scale and base of the result are
         then those that it left.
     base : path, optional
-        The base model, where the form depends on its weights, as DoRA does. With ``start``, the
-        original model; by default the one in the report of the initialization.
+        The base model, where the form depends on its weights, as DoRA does, and for files of
+        kohya, whose names of modules are told by it. With ``start``, the original model; by default
+        the one in the report of the initialization.
+    to : {"peft", "kohya"}
+        How to write it: a directory of PEFT, or a file with the names of kohya.
+    prefix : str, optional
+        For files of kohya, read or written, which need it: the beginning of their names, such as
+        ``lora_unet``.
     rank, tol
         The most a layer may have, and how far each may be from what it was, relative to its norm.
         Without them nothing is dropped, which forms that are no product of two factors refuse.
@@ -83,18 +94,25 @@ def convert(
         left behind.
     """
     check_size(rank, tol)
+    check_choice(to, ("peft", "kohya"), "to")
+    is_file = Path(adapter).suffix == ".safetensors"
+    if (prefix is not None) != (is_file or to == "kohya"):
+        raise CheckpointError(
+            f"a prefix such as lora_unet is for files of kohya, which need it, got {prefix!r}; "
+            "pass --prefix with them only"
+        )
     inputs = {"adapter": adapter, "start": start, "base": base}
     inputs = {name: path for name, path in inputs.items() if path is not None}
     model = None if base is None else Checkpoint(base)
     if start is None:
-        trained = read_adapter(adapter, model=model)
+        trained = _read(Path(adapter), model, prefix)
 
         def arguments(name: str) -> tuple[Any, ...]:
             return trained.layers[name], rank, tol
 
         function = _convert
     else:
-        both = {"adapter": read_adapter(adapter), "start": read_adapter(start)}
+        both = {"adapter": _read(Path(adapter), model, prefix), "start": read_adapter(start)}
         _check_start(both)
         origin = _origin(Path(start), model)
         trained = replace(both["adapter"], base=origin.name, fingerprint=origin.fingerprint)
@@ -112,8 +130,22 @@ def convert(
             ahead=ahead,
             progress=progress,
         )
-        save_adapter(folder / "adapter", replace(trained, layers=found))
-        return save_report(folder, "convert", inputs, {"rank": rank, "tol": tol}, rows)
+        lora = replace(trained, layers=found)
+        if to == "peft":
+            save_adapter(folder / "adapter", lora)
+        else:
+            assert prefix is not None
+            write_kohya(folder / "adapter.safetensors", lora, prefix=prefix)
+        options = {"to": to, "prefix": prefix, "rank": rank, "tol": tol}
+        return save_report(folder, "convert", inputs, options, rows)
+
+
+def _read(path: Path, model: Checkpoint | None, prefix: str | None) -> Adapter:
+    if path.suffix != ".safetensors":
+        return read_adapter(path, model=model)
+    assert prefix is not None
+    adapter = read_kohya(path, prefix=prefix, modules=model, model=model)
+    return replace(adapter, base=None if model is None else str(final_path(model.path)))
 
 
 class _Origin(NamedTuple):

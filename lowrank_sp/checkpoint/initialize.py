@@ -16,7 +16,7 @@ from lowrank_sp.adapters.forms import Form, Product
 from lowrank_sp.adapters.initializers import CALIBRATED, INITIALIZERS
 from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.base_copy import BaseCopy
-from lowrank_sp.checkpoint.calibration import Calibration
+from lowrank_sp.checkpoint.calibration import Calibration, calibration_for
 from lowrank_sp.checkpoint.job import (
     Progress,
     check_choice,
@@ -36,6 +36,7 @@ from lowrank_sp.tasks import Executor
 # A smaller or larger update has no digits in common with the weight in float32.
 _SCALES = (1e-7, 1e7)
 _METHODS = INITIALIZERS | {name: known.initializer for name, known in CALIBRATED.items()}
+_STATISTICS = dict.fromkeys(INITIALIZERS) | {k: known.statistic for k, known in CALIBRATED.items()}
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def initialize(
     check_choice(method, _METHODS, "method")
     options = taken(method, _METHODS, {"tol": None if tol is None else check_number(tol, "tol")})
     sizes = _sizes(layers, rank, alpha, rank_pattern, alpha_pattern)
-    statistics = _statistics(method, calibration)
+    statistics = calibration_for(method, _STATISTICS, calibration)
     if statistics is not None:
         statistics.check([layer.name for layer in layers])
     children = seeds(seed, [layer.name for layer in layers])
@@ -228,19 +229,6 @@ def _check_rank(rank: Any, layer: Layer) -> int:
         return check_rank(rank, min(layer.shape), layer.shape)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{layer.name}: {error}") from error
-
-
-def _statistics(method: str, calibration: str | Path | None) -> Calibration | None:
-    needed = CALIBRATED[method].statistic if method in CALIBRATED else None
-    if needed is None and calibration is not None:
-        raise CheckpointError(
-            f"a calibration is for {', '.join(CALIBRATED)} only, got {calibration} for {method}"
-        )
-    if needed is not None and calibration is None:
-        raise CheckpointError(
-            f"{method} needs the {needed} of every layer; pass --calibration FILE.safetensors"
-        )
-    return None if needed is None or calibration is None else Calibration(calibration, needed)
 
 
 def _initialize_layer(task: _Task) -> _Done:

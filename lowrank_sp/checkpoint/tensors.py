@@ -109,7 +109,11 @@ class Tensor:
         self.check_floating()
         data = b"".join(self.blocks())
         raw = np.frombuffer(data, dtype=_NUMPY[self.dtype]).reshape(self.shape)
-        return widen(raw) if self.dtype == "BF16" else raw
+        return self.decode(raw)
+
+    def decode(self, stored: np.ndarray) -> np.ndarray:
+        """What :meth:`encode` made of an array, as :meth:`read` gives it."""
+        return widen(stored) if self.dtype == "BF16" else stored
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """``values`` as they are stored, rounded to nearest.
@@ -125,7 +129,7 @@ class Tensor:
         largest = np.max([values.max(initial=0), -values.min(initial=0)], keepdims=True)
         with np.errstate(over="ignore"):
             limit = round_to(largest, self.dtype)
-        if not np.isfinite(widen(limit) if self.dtype == "BF16" else limit).all():
+        if not np.isfinite(self.decode(limit)).all():
             raise CheckpointError(
                 f"{self.name}: values must be finite in {self.dtype}, got magnitude "
                 f"{largest[0]:.3g}; store the model in a wider dtype first"

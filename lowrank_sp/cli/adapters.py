@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from lowrank_sp import checkpoint
 from lowrank_sp.checkpoint import AGGREGATES, MERGES, RANK_RULES, SHARINGS
@@ -25,7 +27,7 @@ from lowrank_sp.cli._options import (
     named,
     numbers,
 )
-from lowrank_sp.cli._printing import progress, show_job
+from lowrank_sp.cli._printing import progress, show, show_job, table
 from lowrank_sp.iterate import Stop
 
 Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="PEFT directory.")]
@@ -128,14 +130,21 @@ def merge(
 
 
 def convert(
-    adapter: Adapter,
+    adapter: Annotated[
+        Path, typer.Argument(metavar="DIR|FILE", help="PEFT directory, or file of kohya.")
+    ],
     out: Out,
+    to: Annotated[str, typer.Option(help="What to write: peft or kohya.")] = "peft",
+    prefix: Annotated[
+        str | None, typer.Option(help="Of the names in files of kohya, such as lora_unet.")
+    ] = None,
     start: Annotated[
         Path | None,
         typer.Option(help="The untrained adapter, where it did not start at zero (PiSSA)."),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="The base model, where the form needs its weights (DoRA).")
+        Path | None,
+        typer.Option(help="The base model, for forms like DoRA and for names in files of kohya."),
     ] = None,
     rank: Rank = None,
     tol: Tol = None,
@@ -143,13 +152,15 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Turn an adapter into plain LoRA of the original base: writes OUT/adapter."""
+    """Turn an adapter into plain LoRA: writes OUT/adapter, or OUT/adapter.safetensors."""
     with progress() as bar, executor(jobs) as pool:
         report = checkpoint.convert(
             adapter,
             out,
             start=start,
             base=base,
+            to=to,
+            prefix=prefix,
             rank=rank,
             tol=tol,
             overwrite=overwrite,
@@ -158,6 +169,24 @@ def convert(
             progress=bar,
         )
     show_job(report, as_json)
+
+
+def check(
+    adapter: Adapter,
+    engine: Annotated[str, typer.Option(help="What shall load it: peft or vllm.")] = "peft",
+    base: Annotated[Path | None, typer.Option(help="The base model, to compare layers.")] = None,
+    max_lora_rank: Annotated[int, typer.Option(help="What vLLM will be started with.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Say what an engine would refuse, or get wrong, of an adapter."""
+    if engine not in ("peft", "vllm"):
+        raise checkpoint.CheckpointError(f"engine must be peft or vllm, got {engine!r}")
+    model = None if base is None else checkpoint.Checkpoint(base)
+    findings = checkpoint.preflight(
+        adapter, engine=engine, model=model, max_lora_rank=max_lora_rank
+    )
+    show({"findings": [asdict(f) for f in findings]}, as_json, lambda: _findings_table(findings))
+    raise typer.Exit(1 if any(f.severity == "error" for f in findings) else 0)
 
 
 def share(
@@ -232,3 +261,10 @@ def federate(
             progress=bar,
         )
     show_job(report, as_json)
+
+
+def _findings_table(findings: list[checkpoint.Finding]) -> Table:
+    made = table("nothing wrong" if not findings else "finding")
+    for finding in findings:
+        made.add_row(str(finding))
+    return made

@@ -10,11 +10,17 @@ import typer
 from rich.table import Table
 
 from lowrank_sp import checkpoint
+from lowrank_sp.adapters.compensate import COMPENSATIONS
+from lowrank_sp.adapters.compress import RankPlan
 from lowrank_sp.adapters.initializers import CALIBRATED, INITIALIZERS
-from lowrank_sp.checkpoint import CheckpointError
+from lowrank_sp.checkpoint import FORMATS, CheckpointError
 from lowrank_sp.cli._options import Jobs, Json, Model, Out, Overwrite, Seed, Targets, executor
-from lowrank_sp.cli._printing import number, progress, say, show, size, table
+from lowrank_sp.cli._printing import number, progress, say, show, show_job, size, table
 
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Safetensors file with a statistic of every layer, LAYER.STATISTIC."),
+]
 _NEED_DATA = {f"{name} ({known.statistic})" for name, known in CALIBRATED.items()}
 
 
@@ -30,10 +36,7 @@ def init(
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")],
     out: Out,
     alpha: Annotated[float | None, typer.Option(help="Default: the rank, for scale 1.")] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Safetensors file with a statistic of every layer, LAYER.STATISTIC."),
-    ] = None,
+    calibration: Calibration = None,
     targets: Targets = None,
     patterns: Annotated[
         Path | None,
@@ -100,6 +103,75 @@ def inspect(
         checkpoint.save_spectra(spectra, rank, plot)
     content = {"layers": [asdict(s) for s in spectra], "rank_pattern": ranks}
     show(content, as_json, lambda: _spectra_table(spectra, ranks, leading))
+
+
+def quantize(
+    model: Model,
+    out: Out,
+    to: Annotated[str, typer.Option(help=f"Format: {', '.join(FORMATS)}.")] = "nf4",
+    bits: Annotated[int | None, typer.Option(help="Of an integer; 4 by default.")] = None,
+    block: Annotated[int | None, typer.Option(help="Entries that share a scale.")] = None,
+    compensate: Annotated[
+        str | None,
+        typer.Option(help=f"What makes up for the loss: {', '.join(COMPENSATIONS)}."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the adapter that does.")] = None,
+    calibration: Calibration = None,
+    targets: Targets = None,
+    seed: Seed = 0,
+    jobs: Jobs = 1,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model: writes OUT/base and, with --compensate METHOD, OUT/adapter."""
+    with progress() as bar, executor(jobs) as pool:
+        report = checkpoint.quantize(
+            model,
+            out,
+            to=to,
+            bits=bits,
+            block=block,
+            compensate=compensate,
+            rank=rank,
+            calibration=calibration,
+            targets=targets,
+            seed=seed,
+            overwrite=overwrite,
+            executor=pool,
+            ahead=jobs,
+            progress=bar,
+        )
+    show_job(report, as_json)
+
+
+def compress(
+    model: Model,
+    keep: Annotated[float, typer.Option(help="Share of the parameters of the layers, in (0, 1].")],
+    calibration: Annotated[
+        Path, typer.Option(help="Safetensors file with the second moment of every layer.")
+    ],
+    out: Out,
+    targets: Targets = None,
+    seed: Seed = 0,
+    jobs: Jobs = 1,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model (SVD-LLM): OUT has two factors in place of weights."""
+    with progress() as bar, executor(jobs) as pool:
+        plan = checkpoint.compress(
+            model,
+            out,
+            checkpoint.SecondMoments(calibration),
+            keep=keep,
+            targets=targets,
+            seed=seed,
+            overwrite=overwrite,
+            executor=pool,
+            ahead=jobs,
+            progress=bar,
+        )
+    show(asdict(plan), as_json, lambda: _plan_table(plan))
 
 
 def demo(
@@ -196,4 +268,17 @@ def _spectra_table(
             f"{s.stable_rank:.1f}",
             *(str(k) for k in (s.rank_50, s.rank_90, s.rank_99, ranks[s.name])),
         )
+    return made
+
+
+def _plan_table(plan: RankPlan) -> Table:
+    made = table(
+        *("layer", "rank"),
+        caption=f"{plan.parameters} parameters. error {plan.error:.3g} of the outputs, over all "
+        f"layers; no ranks could make it less than {plan.bound:.3g}.",
+    )
+    for name, rank in plan.ranks.items():
+        made.add_row(name, str(rank))
+    for name in plan.dense:
+        made.add_row(name, "as it was")
     return made
