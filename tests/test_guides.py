@@ -19,6 +19,7 @@ DOCS = Path(__file__).parent.parent / "docs"
         "merging.md",
         "federated.md",
         "serving.md",
+        "formats.md",
         "quantized.md",
         "compress.md",
         "forms-svd.md",

@@ -24,12 +24,13 @@ from lowrank_sp.checkpoint import (
     read_adapter,
     write_adapter,
 )
+from lowrank_sp.checkpoint.peft import METHODS
 from lowrank_sp.operators import LinearOperator
 
 pytestmark = [
     # PEFT says so of every file without projections.
     pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),
-    # It looks for modules by the names of the masks of AdaLoRA, and takes an empty layer for broken.
+    # It looks for modules by the names of AdaLoRA's masks, and takes an empty layer for broken.
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings(
         "ignore:Adapter 'default'. 2 LoRA tensor:peft.utils.warning.PeftWarning"
@@ -420,6 +421,14 @@ def test_embeddings_and_convolutions(tmp_path):
     for name, a in again.state_dict().items():
         assert_close(a.numpy(), merged[name])
     assert disk.path == tmp_path
+
+
+def test_every_method_stands_in_the_guide():
+    guide = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+    for method in METHODS:
+        row = next(line for line in guide.splitlines() if line.startswith(f"| {method.title}"))
+        assert f"forms.{method.form.__name__}`" in row
+        assert ("`model`" in row) == method.needs_model
 
 
 def test_every_layer_is_read_when_it_is_asked_for(tmp_path):

@@ -23,6 +23,10 @@ Svd = Callable[[np.ndarray], tuple[Any, Any, Any]]
 AnyForm = TypeVar("AnyForm", bound=Form)
 
 
+class NotGiven(CheckpointError):
+    """Something that a method needs beside its file: the base model, or an SVD."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A layer of the base model, if that is at hand.
@@ -51,7 +55,7 @@ class Place:
     def layer(self) -> Layer:
         """Where the weight lies, or an error."""
         if self.model is None:
-            raise CheckpointError(
+            raise NotGiven(
                 f"{self.name}: {self.method} cannot be read or written without the base model; "
                 "give model"
             )

@@ -14,7 +14,7 @@ import numpy as np
 
 from lowrank_sp.adapters.forms import RotatedCore
 from lowrank_sp.checkpoint.peft.config import common, plain
-from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place, host, made
+from lowrank_sp.checkpoint.peft.parts import Arrays, Found, NotGiven, Place, host, made
 from lowrank_sp.checkpoint.tensors import CheckpointError
 
 
@@ -88,7 +88,7 @@ def _triplets(place: Place, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """Leading singular triplets in the signs of PEFT."""
     weight = place.weight().astype(np.float32)
     if place.svd is None:
-        raise CheckpointError(
+        raise NotGiven(
             f"{place.name}: PSOFT trains numbers in a basis of singular vectors that it does not "
             "save; give svd, the routine that PEFT uses (torch.linalg.svd), for their signs"
         )
