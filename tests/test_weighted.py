@@ -5,6 +5,7 @@ import pytest
 from cases import gaussian, orthonormal
 
 import lowrank_sp as lr
+from lowrank_sp.linalg.weighted import covariance_root
 from lowrank_sp.testing import assert_same_product
 
 M, N, SAMPLES, RANK = 12, 9, 40, 3
@@ -108,6 +109,52 @@ def test_half_precision():
     found, _ = lr.weighted_low_rank(w, RANK, inputs=x)
     expected, _ = lr.weighted_low_rank(w.astype(np.float32), RANK, inputs=x.astype(np.float32))
     assert_same_product(expected, found)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+@pytest.mark.parametrize("count", [SAMPLES, 4])
+def test_roots(count, dtype, xp):
+    """The Cholesky factor where all eigenvalues are above rounding, eigenvectors elsewhere."""
+    c = covariance(samples(count, dtype=dtype).astype(np.result_type(dtype, np.float64)))
+    c = c.astype(dtype)
+    root = xp.host(covariance_root(xp.asarray(c), N, least=4))
+    assert root.shape == (N, min(count, N))
+    assert root.dtype == np.result_type(dtype, np.float64)
+    rounding = 20 * N * np.finfo(dtype).eps * np.linalg.norm(c, 2)
+    assert abs(root @ root.conj().T - c).max() <= rounding
+    assert np.array_equal(np.tril(root), root) == (count == SAMPLES)
+
+
+def test_a_root_of_too_few_samples(xp):
+    c = xp.asarray(covariance(samples(4)))
+    with pytest.raises(
+        ValueError, match="too few samples: moment has rank 4, less than the rank 5"
+    ):
+        covariance_root(c, N, name="moment", least=5)
+
+
+@pytest.mark.parametrize("small", [1e-8, 1e-14, 1e-17, 0.0])
+def test_roots_of_moments_that_are_almost_singular(small):
+    """Whichever way is taken, the error that is reported is the one that is made."""
+    q = orthonormal(N, N, np.random.default_rng(5))
+    c = (q * np.append(np.full(N - 1, small), 1.0)) @ q.T
+    w = weight()
+    found, error = lr.weighted_low_rank(w, 1, covariance=(c + c.T) / 2)
+    s = np.linalg.svd(w @ q * np.append(np.full(N - 1, small), 1.0) ** 0.5, compute_uv=False)
+    slack = 10 * N * EPS**0.5 * s[0]
+    assert abs(error - np.linalg.norm(s[1:])) <= slack
+    left = lr.output_norm(w - found.to_dense(), covariance=(c + c.T) / 2)
+    assert abs(left - error) <= slack
+
+
+@pytest.mark.parametrize("route", [0, 1], ids=["inputs", "covariance"])
+def test_output_norm(route, xp):
+    w, x = weight(), samples()
+    data = {name: xp.asarray(value) for name, value in routes(x)[route].items()}
+    expected = np.linalg.norm(w @ x.T) / len(x) ** 0.5
+    f = lr.LowRank(xp.asarray(w), xp.asarray(np.eye(N)))
+    for a in (xp.asarray(w), f):
+        assert abs(lr.output_norm(a, **data) - expected) <= 1e3 * EPS * expected
 
 
 NEGATIVE = np.diag([1.0] * (N - 1) + [-0.5])
