@@ -15,6 +15,7 @@ from lowrank_sp.adapters.forms import (
     BlockGrid,
     CombinedCore,
     DiagonalCore,
+    FixedSides,
     FixedUp,
     Form,
     Gains,
@@ -92,6 +93,10 @@ class Method:
 _LORA = ("lora_A.weight", "lora_B.weight")
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _GRALORA = ("gralora_A", "gralora_B")
+_PSOFT = tuple(
+    ("psoft_R.weight", *(f"psoft_R.vector_{ab}" for ab in vectors))
+    for vectors in ("ab", "a", "b", "")
+)
 _LEFT, _RIGHT = (((f"lokr_w{i}",), (f"lokr_w{i}_a", f"lokr_w{i}_b")) for i in (1, 2))
 
 #: All rows; the first that a configuration chooses is taken.
@@ -227,17 +232,22 @@ METHODS = (
     ),
     Method(
         "PSOFT",
+        "LoRA-XS",
+        FixedSides,
+        _PSOFT,
+        sides.load_free,
+        sides.save_free,
+        sides.configure_free,
+        chosen=sides.is_free,
+        conv1d=False,
+        needs_model=True,
+        by_value=True,
+    ),
+    Method(
+        "PSOFT",
         "PSOFT",
         RotatedCore,
-        tuple(
-            ("psoft_R.weight", *vectors)
-            for vectors in (
-                ("psoft_R.vector_a", "psoft_R.vector_b"),
-                ("psoft_R.vector_a",),
-                ("psoft_R.vector_b",),
-                (),
-            )
-        ),
+        _PSOFT,
         sides.load_psoft,
         sides.save_psoft,
         sides.configure_psoft,
