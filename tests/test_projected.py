@@ -127,6 +127,20 @@ def test_a_right_start_costs_fewer_reads():
     assert warm.reads <= cold.reads / 2
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(("shape", "rank"), [((57, 5), 1), ((41, 29), 4), ((46, 16), 16)])
+def test_a_start_outside_of_the_range_is_left(shape, rank, dtype):
+    left, right = (np.linalg.qr(draw(k, shape[1], seed=k))[0] for k in shape)
+    a = ((left * 2.0 ** -np.arange(shape[1])) @ right.T).astype(dtype)
+    start = np.linalg.qr(draw(shape[0], rank, seed=3))[0].astype(dtype)
+    found = leading_subspace(a, rank, init=start, rng=0)
+    slack = 10 * np.finfo(dtype).eps * 2.0**rank
+    assert sine(found.basis, left[:, :rank]) <= found.angle + slack
+    assert found.angle <= 1e-2 or rank == 16
+    again = leading_subspace(a, rank, init=found.basis, rng=0)
+    assert again.reads <= found.reads
+
+
 def test_without_a_gap_no_angle_is_claimed():
     a, _ = spectrum(np.ones(120))
     found = leading_subspace(a, 6, rng=0)

@@ -118,11 +118,18 @@ def leading_subspace(
         found = leading_subspace(host, rank, init=first, tol=tol, max_reads=max_reads, rng=rng)
         xp = namespace(a)
         return found._replace(basis=xp.asarray(found.basis, device=device(a), copy=True))
-    operator = as_operator(a).mH
-    n, m = operator.shape
+    operator = as_operator(a)
+    m, n = operator.shape
     rank = check_rank(rank, min(m, n), (m, n))
     generator = np.random.default_rng(rng)
+    # The Krylov space lies on the shorter side; on the longer one, ``init`` could leave the range.
+    tall, basis, near = m > n, init, init
     width, reads = min(m, n, rank + _OVERSAMPLING), 0
+    if tall:
+        near = None if init is None else namespace(init).linalg.qr(operator.rmatmul(init))[0]
+        reads = 0 if init is None else 1
+    else:
+        operator = operator.mH
     residual, beyond = 2 * _NO_GAP * tol, None
     while True:
         found = block_krylov(
@@ -130,21 +137,22 @@ def leading_subspace(
             lambda _: rank,
             tol=residual,
             rng=generator,
-            init=init,
+            init=near,
             width=width,
             max_reads=max_reads - reads,
         )
         reads += found.reads
         s, bounds = (to_host(x).astype(np.float64) for x in (found.svd.s, found.svd.bounds))
+        u, _, vh = found.svd if tall else found.svd.mH
         if s[0] == 0.0:
-            kept = 0 * adjoint(found.svd.vh) if init is None else init
-            return Subspace(kept, 1.0, reads, True)
-        init, _ = fix_signs(adjoint(found.svd.vh), found.svd.vh)
+            return Subspace(0 * u if basis is None else basis, 1.0, reads, True)
+        basis, vh = fix_signs(u, vh)
+        near = adjoint(vh) if tall else basis
         if beyond is None:
             beyond = _largest(operator - found.svd, generator) if rank < min(m, n) else 0.0
         angle = _sine(s, bounds, beyond)
         if angle <= tol or angle == 1.0 or not found.converged or reads + 2 >= max_reads:
-            return Subspace(init, angle, reads, False)
+            return Subspace(basis, angle, reads, False)
         residual *= tol / (2 * angle)
 
 
@@ -157,7 +165,9 @@ def _largest(a: LinearOperator, rng: np.random.Generator) -> float:
 def _sine(s: np.ndarray, bounds: np.ndarray, beyond: float) -> float:
     """Sine of the largest angle, if the next singular value is ``beyond``; 1 without a gap.
 
-    Davis and Kahan, vector by vector: ``||(A A^H - s_i^2) v_i|| <= s_i b_i``, over its gap.
+    Davis and Kahan, vector by vector: ``||(A A^H - s_i^2) u_i|| <= s_i b_i`` on the side of the
+    Krylov space, over its gap. On the other side it is ``A`` times a residual of length ``b_i``,
+    and outside of the leading subspace ``A`` is at most ``beyond``, which is less than ``s_i``.
     """
     gaps = s**2 - beyond**2
     if gaps[-1] <= _NO_GAP * s[-1] ** 2:
