@@ -2,16 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from threadpoolctl import threadpool_limits
+from typer.testing import CliRunner
 
 import lowrank_sp as lr
 from lowrank_sp import checkpoint
-from lowrank_sp.cli import main
+from lowrank_sp.adapters import CALIBRATED, INITIALIZERS, statistics
+from lowrank_sp.adapters.compensate import COMPENSATIONS
+from lowrank_sp.adapters.forms import Product
+from lowrank_sp.cli import app, main
 
 
 def errors(*arguments, monkeypatch, capsys):
@@ -144,6 +151,7 @@ def test_bad_patterns_are_one_line(patterns, message, model, tmp_path, monkeypat
         (("--alpha", "inf"), "alpha must be positive"),
         (("--alpha", "1e300"), "alpha / rank in 1e-07..1e+07"),
         (("--tol", 0.1), "tol is for pissa only"),
+        (("--calibration", "c.safetensors"), "a calibration is for eva, weighted"),
     ],
 )
 def test_bad_numbers_are_one_line(options, message, model, tmp_path, monkeypatch, capsys):
@@ -178,3 +186,264 @@ def test_changed_tensors_are_named(model, tmp_path):
     done = command("verify", "out", "--base", model, cwd=tmp_path)
     assert done.returncode == 1
     assert "1 tensors without an adapter were changed, first model.norm.weight" in done.stdout
+
+
+# Jobs on adapters
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory):
+    """Two adapters of one base and one shape; both in directories called ``adapter``."""
+    folder, name = tmp_path_factory.mktemp("adapters"), "model.layers.0.self_attn.q_proj"
+    rng = np.random.default_rng(0)
+    for who in ("ann", "bob"):
+        up, down = (rng.standard_normal(shape).astype(np.float32) for shape in ((48, 3), (3, 48)))
+        (folder / who / "adapter").mkdir(parents=True)
+        adapter = checkpoint.Adapter({name: Product(up, down, 0.5)}, str(model))
+        checkpoint.write_adapter(folder / who / "adapter", adapter)
+    return [folder / who / "adapter" for who in ("ann", "bob")]
+
+
+@pytest.fixture(scope="module")
+def moments(model, tmp_path_factory):
+    """Second moments of all layers, of enough samples for each."""
+    arrays = {}
+    for k, layer in enumerate(checkpoint.Checkpoint(model).layers()):
+        x = np.random.default_rng(k).standard_normal((400, layer.shape[1]))
+        arrays |= statistics.pack({layer.name: statistics.SecondMoment.of(x)})
+    file = tmp_path_factory.mktemp("moments") / "moments.safetensors"
+    save_file(arrays, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The model with other weights in one layer, and another norm."""
+    folder = tmp_path_factory.mktemp("tuned")
+    checkpoint.write_demo_model(folder, hidden=48, layers=1)
+    for name in ("model.layers.0.self_attn.q_proj", "model.norm"):
+        tensor = checkpoint.Checkpoint(folder).tensors[f"{name}.weight"]
+        tensor.write(tensor.read() * np.float32(1.5), tensor.path)
+    return folder
+
+
+def run(*arguments, monkeypatch, capsys):
+    """Exit status and what is printed, in this process."""
+    monkeypatch.setattr("sys.argv", ["lowrank-sp", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    printed = capsys.readouterr()
+    return stop.value.code or 0, printed.out, printed.err
+
+
+NAMED = {"ann": 0, "bob": 1}
+JOBS = {
+    "extract": (
+        ("extract", "{tuned}", "{model}", "--rank", 3, "--tol", 1e-4, "--seed", 1),
+        lambda c, out: checkpoint.extract(c["tuned"], c["model"], out, rank=3, tol=1e-4, seed=1),
+    ),
+    "resize": (
+        ("resize", "{ann}", "--rule", "sv_ratio", "--threshold", 1.1, "--rank", 2),
+        lambda c, out: checkpoint.resize(c["ann"], out, rank=2, rule="sv_ratio", threshold=1.1),
+    ),
+    "merge": (
+        ("merge", "dare", "{ann}", "{bob}", "--density", 0.5, "--rank", 2, "--weights", "1,-0.5"),
+        lambda c, out: checkpoint.merge(
+            {k: c[k] for k in NAMED}, out, method="dare", density=0.5, rank=2, weights=[1, -0.5]
+        ),
+    ),
+    "convert": (
+        ("convert", "{ann}", "--to", "kohya", "--prefix", "lora_te", "--tol", 0.5),
+        lambda c, out: checkpoint.convert(c["ann"], out, to="kohya", prefix="lora_te", tol=0.5),
+    ),
+    "share": (
+        ("share", "clustered", "a={ann}", "b={bob}", "--rank", 2, "--clusters", 2, "--steps", 9),
+        lambda c, out: checkpoint.share(
+            {"a": c["ann"], "b": c["bob"]},
+            out,
+            method="clustered",
+            rank=2,
+            clusters=2,
+            stop=lr.Stop(max_iter=9),
+        ),
+    ),
+    "federate": (
+        ("federate", "fedex", "{ann}", "{bob}", "--weights", "0.25,0.75", "--base", "{model}"),
+        lambda c, out: checkpoint.federate(
+            {k: c[k] for k in NAMED}, out, method="fedex", weights=[0.25, 0.75], base=c["model"]
+        ),
+    ),
+    "quantize": (
+        (
+            *("quantize", "{model}", "--to", "int", "--bits", 3, "--compensate", "qera"),
+            *("--rank", 2, "--calibration", "{moments}", "--targets", "q_proj"),
+        ),
+        lambda c, out: checkpoint.quantize(
+            c["model"],
+            out,
+            to="int",
+            bits=3,
+            compensate="qera",
+            rank=2,
+            calibration=c["moments"],
+            targets="q_proj",
+        ),
+    ),
+    "init": (
+        ("init", "weighted", "{model}", "--rank", 2, "--calibration", "{moments}"),
+        lambda c, out: checkpoint.initialize(
+            c["model"], "weighted", out, rank=2, calibration=c["moments"]
+        ),
+    ),
+    "compress": (
+        ("compress", "{model}", "--keep", 0.5, "--calibration", "{moments}"),
+        lambda c, out: checkpoint.compress(
+            c["model"], out, checkpoint.SecondMoments(c["moments"]), keep=0.5
+        ),
+    ),
+}
+
+
+def files(folder):
+    """Tensors and configurations below a directory, by path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            found[str(path.relative_to(folder))] = {
+                k: v.tobytes() for k, v in load_file(path).items()
+            }
+    return found
+
+
+def without_seconds(content):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in content.get("layers", [])]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_command_is_one_function(
+    name, model, tuned, adapters, moments, tmp_path, monkeypatch, capsys
+):
+    arguments, function = JOBS[name]
+    places = {"model": model, "tuned": tuned, "moments": moments}
+    places |= dict(zip(NAMED, adapters, strict=True))
+    filled = [str(a).format(**places) for a in arguments]
+    out = tmp_path / "out"
+    code, printed, err = run(
+        *filled, "--out", out, "--jobs", 2, "--json", monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 0
+    with threadpool_limits(1):
+        report = function(places, tmp_path / "same")
+    content = json.loads(printed)
+    expected = json.loads(json.dumps(asdict(report)))
+    assert content.keys() == expected.keys()
+    assert without_seconds(content) == without_seconds(expected)
+    assert files(out) == files(tmp_path / "same")
+    if name == "extract":
+        lines = err.splitlines()
+        assert "6 unchanged layers: model.layers.0.mlp.down_proj, " in lines[0]
+        assert lines[0].endswith(", ...")
+        assert lines[1] == "1 changed tensors that are no target: model.norm.weight"
+    # A table, and the guard of what is there.
+    code, table, _ = run(
+        *filled, "--out", out, "--overwrite", monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 0
+    assert "q_proj" in table
+    assert "--overwrite" in errors(*filled, "--out", out, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_check_says_what_engines_refuse(adapters, monkeypatch, capsys):
+    arguments = ("check", adapters[0], "--engine")
+    code, out, _ = run(*arguments, "peft", monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out.strip()) == (0, "nothing wrong")
+    odd = ("vllm", "--max-lora-rank", 1, "--json")
+    code, out, _ = run(*arguments, *odd, monkeypatch=monkeypatch, capsys=capsys)
+    findings = json.loads(out)["findings"]
+    assert code == 1
+    assert any(f["severity"] == "error" and "rank" in f["message"] for f in findings)
+    assert "engine must be peft or vllm" in errors(
+        *arguments, "vlm", monkeypatch=monkeypatch, capsys=capsys
+    )
+
+
+HELP = {
+    "init": [*INITIALIZERS, *CALIBRATED, "--calibration"],
+    "extract": ["--rank", "--tol", "--targets"],
+    "resize": [*checkpoint.RANK_RULES, "--rank", "--tol", "--threshold"],
+    "merge": [
+        *checkpoint.MERGES,
+        "--weights",
+        "--density",
+        "--rank",
+        "--tol",
+        "--assume-same-base",
+    ],
+    "convert": ["--start", "--base", "--to", "--prefix", "--rank", "--tol"],
+    "check": ["--engine", "--base", "--max-lora-rank"],
+    "share": [*checkpoint.SHARINGS, "--clusters", "--steps", "--assume-same-base"],
+    "federate": [*checkpoint.AGGREGATES, "--weights", "--frozen", "--base", "--assume-same-base"],
+    "quantize": [*checkpoint.FORMATS, *COMPENSATIONS, "--bits", "--block", "--rank"],
+    "compress": ["--keep", "--calibration"],
+    "verify": ["--base"],
+    "inspect": ["--plot", "--leading"],
+    "demo": ["--rank"],
+}
+READS_ONLY = {"check", "verify", "inspect"}
+
+
+def test_help_lists_everything():
+    def page(*arguments):
+        done = CliRunner().invoke(
+            app, [*arguments, "--help"], env={"COLUMNS": "400", "TERM": "dumb"}
+        )
+        assert done.exit_code == 0
+        return done.output
+
+    assert {
+        re.split(r"\s+", line)[1] for line in page().splitlines() if "│ " in line
+    } >= HELP.keys()
+    assert len(app.registered_commands) == len(HELP)
+    for name, words in HELP.items():
+        shared = ["--json"] if name in READS_ONLY else ["--json", "--out", "--overwrite"]
+        own = page(name)
+        for word in (*words, *shared):
+            assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", own), (name, word)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closest"),
+    [
+        (("init", "pisa", "{model}", "--rank", 2), "pissa"),
+        (("merge", "tie", "{ann}"), "ties"),
+        (("share", "cluster", "{ann}", "--rank", 2), "clustered"),
+        (("federate", "flexlor", "{ann}"), "flexlora"),
+        (("resize", "{ann}", "--rule", "sv_ration", "--threshold", 2), "sv_ratio"),
+        (("quantize", "{model}", "--to", "nf3"), "nf4"),
+        (("quantize", "{model}", "--compensate", "lqlora", "--rank", 2), "lq_lora"),
+    ],
+)
+def test_the_closest_name_is_given(
+    arguments, closest, model, adapters, tmp_path, monkeypatch, capsys
+):
+    filled = [str(a).format(model=model, ann=adapters[0]) for a in arguments]
+    line = errors(*filled, "--out", tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)
+    assert line.endswith(f"did you mean {closest}?\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{ann}", "{ann}"), "are both called 'ann'; name them, as in ann1="),
+        (("{ann}", "{bob}", "--weights", "1;2"), "weights must be numbers between commas"),
+        (("{ann}", "{bob}", "--weights", "1"), "weights must be one for each adapter, got 1 for 2"),
+        (("{ann}", "none"), "none/adapter_config.json"),
+    ],
+)
+def test_bad_adapters_are_one_line(arguments, message, adapters, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(ann=adapters[0], bob=adapters[1]) for a in arguments]
+    line = errors("merge", "cat", *filled, "--out", "out", monkeypatch=monkeypatch, capsys=capsys)
+    assert message in line
+    assert not list(tmp_path.iterdir())
