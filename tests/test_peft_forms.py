@@ -83,7 +83,7 @@ CASES = {
     "patterns": Case(
         peft.LoraConfig,
         forms.Product,
-        {"r": 4, "rank_pattern": {"tall": 2, "even": 3}, "alpha_pattern": {"^even": 5}},
+        {"r": 4, "rank_pattern": {"tall": 2, "even": 3}, "alpha_pattern": {"^even": 5, "wide": 3}},
     ),
     "dora": Case(peft.LoraConfig, forms.RowMagnitude, {"r": 4, "lora_alpha": 6, "use_dora": True}),
     "kasa": Case(peft.LoraConfig, forms.DiagonalCore, {"r": 3, "kasa_config": peft.KasaConfig()}),
@@ -457,6 +457,20 @@ def test_transposed_arrays_are_stored_by_rows(tmp_path):
     again = read_adapter(tmp_path).layers["tall"]
     assert np.array_equal(again.up, up)
     assert np.array_equal(again.down, down)
+
+
+def test_arrays_of_any_library(tmp_path):
+    create = partial(forms.DiagonalCore.create, rank=3, rng=0)
+    layers = {"tall": create(torch.zeros(24, 12)), "wide": create(torch.zeros(12, 24))}
+    half = {
+        name: form.replace({key: a.bfloat16() for key, a in form.arrays().items()})
+        for name, form in layers.items()
+    }
+    write_adapter(tmp_path, Adapter(half))
+    for name, form in read_adapter(tmp_path).layers.items():
+        for key, array in form.arrays().items():
+            assert array.dtype == np.float32
+            assert np.array_equal(array, half[name].arrays()[key].float().numpy())
 
 
 def test_patterns_match_no_other_layer(tmp_path):

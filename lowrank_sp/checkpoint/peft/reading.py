@@ -54,9 +54,8 @@ def read_adapter(
     Raises
     ------
     CheckpointError
-        If a file is missing or unreadable; if the method is none of
-        :data:`~lowrank_sp.checkpoint.peft.METHODS`; if a tensor is missing, unknown or of a wrong
-        shape, which is named; if ``model`` or ``svd`` is needed and not given.
+        If a file is missing or unreadable; if the method has no form here; if a tensor is missing,
+        unknown or of a wrong shape, which is named; if ``model`` or ``svd`` is needed and not given.
     """
     path = Path(path)
     config = Config.read(path)
@@ -139,7 +138,7 @@ class Files(Mapping[str, Form]):
     in_order: bool = False
 
     def __getitem__(self, name: str) -> Form:
-        return self._load(self._found(name))
+        return self._fitting(name, self._load(self._found(name)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -159,24 +158,25 @@ class Files(Mapping[str, Form]):
         """Raise unless the tensors of a layer fit each other, and the model."""
         for tensor in (*self.tensors[name].values(), *self.shared.values()):
             tensor.check_floating()
-        if self.model is not None or self.method.needs_model:
-            expected = self._expected(name)
-            if not self.method.by_value:
-                self._check_shape(name, expected)
-        elif not self.method.by_value:
-            self._check_shape(name, None)
-
-    def _check_shape(self, name: str, expected: tuple[int, int] | None) -> None:
+        if self.method.by_value:
+            self._expected(name)
+            return
         arrays = {end: hollow(tensor.shape) for end, tensor in self.tensors[name].items()}
         place = replace(self._place(name), hollow=True)
-        form = self._load(Found(place, self.config, arrays, {}, tuple(self)))
+        self._fitting(name, self._load(Found(place, self.config, arrays, {}, tuple(self))))
+
+    def _fitting(self, name: str, form: Form) -> Form:
+        expected = self._expected(name)
         if expected not in (None, form.shape):
             raise CheckpointError(
                 f"{self.file}: {name} has the shape {expected} in the model, got {form.shape}"
             )
+        return form
 
-    def _expected(self, name: str) -> tuple[int, int]:
-        """Shape of a layer in the model, as forms have it."""
+    def _expected(self, name: str) -> tuple[int, int] | None:
+        """Shape of a layer in the model, as forms have it; None where neither is needed."""
+        if self.model is None and not self.method.needs_model:
+            return None
         weight = None if self.model is None else self.model.tensors.get(f"{name}.weight")
         if weight is not None and "lora_embedding_A" in self.tensors[name]:
             return weight.shape[1], weight.shape[0]
