@@ -55,7 +55,8 @@ def read_adapter(
     ------
     CheckpointError
         If a file is missing or unreadable; if the method has no form here; if a tensor is missing,
-        unknown or of a wrong shape, which is named; if ``model`` or ``svd`` is needed and not given.
+        unknown or of a wrong shape, which is named; if ``model`` or ``svd`` is needed and not
+        given.
     """
     path = Path(path)
     config = Config.read(path)
