@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank_sp._arrays import as_compute, dtype_name, namespace
-from lowrank_sp.adapters.forms import Product
+from lowrank_sp.adapters.forms import Form, Product
 from lowrank_sp.factors import LowRank
 
 
 def product_of(adapter: Any, name: str) -> Product:
     """Whatever has ``up``, ``down`` and ``scale``, or is a ``LowRank``, as a product.
 
-    ``name`` is that of the adapter in errors.
+    Of other forms, whose factors are not the whole update, the update is asked for. ``name`` is
+    that of the adapter in errors.
     """
+    if isinstance(adapter, Form) and not isinstance(adapter, Product):
+        adapter = adapter.delta()
     if isinstance(adapter, LowRank):
         up, down, scale = adapter.left, adapter.right, 1.0
     elif all(hasattr(adapter, part) for part in ("up", "down", "scale")):
