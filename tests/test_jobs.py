@@ -23,6 +23,7 @@ from lowrank_sp.adapters.initializers import CALIBRATED
 from lowrank_sp.checkpoint import Adapter, Checkpoint, CheckpointError, read_adapter
 from lowrank_sp.checkpoint.report import JobReport
 from lowrank_sp.iterate import Stop
+from lowrank_sp.torch import collect_inputs
 
 LAYERS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
 NAMES = sorted(f"model.layers.0.{name}" for name in LAYERS)
@@ -670,6 +671,22 @@ def test_bad_options_of_quantize_are_named(options, message, model, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         checkpoint.quantize(model, tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_torch_collects_is_a_calibration_file(model, tmp_path):
+    net = LlamaForCausalLM.from_pretrained(model).eval()
+    targets = [layer.name for layer in Checkpoint(model).layers()]
+    batches = torch.randint(512, (4, 8, 20), generator=torch.Generator().manual_seed(0))
+    moments = statistics.SecondMoment.of
+    with torch.no_grad(), collect_inputs(net, moments, targets=targets) as seen:
+        for batch in batches:
+            net(batch)
+    file = tmp_path / "moments.safetensors"
+    save_file({k: v.numpy(force=True) for k, v in statistics.pack(seen).items()}, file)
+    checkpoint.initialize(model, "weighted", tmp_path / "out", rank=4, calibration=file)
+    assert checkpoint.verify(tmp_path / "out", model).passed
+    plan = checkpoint.compress(model, tmp_path / "small", checkpoint.SecondMoments(file), keep=0.5)
+    assert set(plan.ranks) | set(plan.dense) == set(targets)
 
 
 def test_second_moments_come_with_their_samples(calibration, tmp_path):
