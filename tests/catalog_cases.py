@@ -36,13 +36,13 @@ def grid_of(row):
 def start_of(row, asarray=np.asarray, seed=0):
     """The form of a row at its published start, and its base weights."""
     weights = [asarray(w) for w in WEIGHTS]
-    data = None if row.needs is None else asarray(DATA[row.needs])
+    data = {name: asarray(DATA[name]) for name in DATA if name == row.needs}
     return row.start(
         weights if row.layered else weights[0],
         None if row.name in WITHOUT_RANK else R,
         rng=seed,
-        data=data,
         grid=grid_of(row),
+        **data,
     )
 
 

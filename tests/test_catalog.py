@@ -124,8 +124,10 @@ def test_arguments_that_a_row_cannot_use_are_refused():
         variant("pissa").start(WEIGHTS[0])
     with pytest.raises(ValueError, match="EVA needs components"):
         variant("eva").start(WEIGHTS[0], 2)
-    with pytest.raises(ValueError, match="LoRA has no use for data"):
-        variant("lora").start(WEIGHTS[0], 2, data=WEIGHTS[0])
+    with pytest.raises(ValueError, match="LoRA has no use for gradient"):
+        variant("lora").start(WEIGHTS[0], 2, gradient=WEIGHTS[0])
+    with pytest.raises(ValueError, match="LoRA-GA has no use for components"):
+        variant("lora-ga").start(WEIGHTS[0], 2, components=WEIGHTS[0], gradient=WEIGHTS[0])
     with pytest.raises(ValueError, match="MetaTT-4D needs grid with the axes layer, type"):
         variant("metatt-4d").start(WEIGHTS, 2)
     with pytest.raises(ValueError, match="did you mean one of"):

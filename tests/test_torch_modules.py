@@ -17,13 +17,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
-from lowrank_sp.adapters import forms, initializers
+from lowrank_sp.adapters import InputPCA, forms, initializers
+from lowrank_sp.adapters.catalog import LayeredStart, variant
 from lowrank_sp.torch import (
     Adapted,
     FactorOptimizer,
     attach,
     attach_forms,
     attach_shared,
+    collect_gradients,
+    collect_inputs,
     detach,
     forms_of,
     layered_forms_of,
@@ -435,6 +438,52 @@ def test_data_of_layers_reach_the_initializer():
     close(model(x), expected)
     with pytest.raises(ValueError, match="no data of 2"):
         attach(model, plain, targets=["2"], data={"0": {}})
+
+
+# Variants by name
+
+
+@pytest.mark.parametrize(
+    "name", ["LoRA", "PiSSA", "DoRA", "LoHa", "EVA", "LoRA-GA", "CaRA", "LoTR"]
+)
+def test_variants_are_attached_by_name(name):
+    model, x = mlp(), torch.randn(20, 5)
+    expected = model(x)
+    with torch.no_grad(), collect_inputs(model, partial(InputPCA.of, rank=4), targets=["0"]) as pca:
+        model(x)
+    with collect_gradients(model, targets=["0"]) as gradients:
+        model(x).square().mean().backward()
+    row = variant(name)
+    if row.layered:
+        attach_shared(model, partial(row.start, rank=2), targets=["0"], rng=0)
+    else:
+        data = {"components": pca, "gradient": gradients}.get(row.needs)
+        attach(model, partial(row.start, rank=2), targets=["0"], data=data, rng=0)
+    close(model(x), expected)
+    losses = train(model, x, torch.randn(20, 3))
+    assert losses[-1] < losses[0]
+
+
+def test_a_start_that_leaves_the_weight_needs_none_that_can_be_changed():
+    model = mlp(5, 5)
+    model[2] = nn.Linear(5, 5)
+    model[2].weight = model[0].weight
+    attach(model, partial(variant("LoRA").start, rank=2), targets=["0"])
+    quantized = nn.Sequential(Linear4bit(nn.Linear(6, 4)))
+    attach(quantized, partial(variant("LoRA").start, rank=2), targets=["0"])
+    shared = nn.Sequential(Linear4bit(nn.Linear(6, 4)))
+    attach_shared(shared, partial(variant("LoTR").start, rank=2), targets=["0"])
+    assert all(isinstance(m[0], Adapted) for m in (model, quantized, shared))
+
+
+def test_a_start_of_many_layers_may_move_their_weights():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    weights = [torch.randn(5, 5) for _ in model]
+    form = forms.SharedUp.create(weights, 2, rng=0)
+    with pytest.raises(ValueError, match="weights of 2 layers, got 1"):
+        attach_forms(model, {("0", "1"): LayeredStart(form, weights[:1])})
+    attach_forms(model, {("0", "1"): LayeredStart(form, weights)})
+    assert all(torch.equal(model[k].base.weight, w) for k, w in enumerate(weights))
 
 
 # Optimizers, copies, checkpoints

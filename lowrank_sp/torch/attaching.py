@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_sp._arrays import RNG, as_compute
+from lowrank_sp.adapters.catalog import LayeredStart
 from lowrank_sp.adapters.forms import Fixed, Form, LayeredForm, Product, Start, Trained, Weight
 from lowrank_sp.adapters.initializers import Initialization, QuantizedInitialization
 from lowrank_sp.torch.attached import SHARED, check_movable, is_plain, swap, write_weight
@@ -42,7 +43,8 @@ def attach(
         From ``(weight, rng=...)`` to a :class:`~lowrank_sp.adapters.forms.Form`, or a
         :class:`~lowrank_sp.adapters.forms.Start`, which moves the weight of the layer as well, or
         what an initializer returns, which makes a :class:`~lowrank_sp.adapters.forms.Product`.
-        ``functools.partial`` of the ``create`` of a form or of an initializer will do. The weight
+        ``functools.partial`` of the ``create`` of a form, of an initializer, or of the ``start`` of
+        a variant of the :mod:`~lowrank_sp.adapters.catalog` will do. The weight
         is a matrix ``(m, n)`` in at least float32; of a quantized layer it is the shape only.
     targets : str, iterable of str, or callable
         As in PEFT: a regular expression for the whole name of a module, ``"all-linear"``, or names
@@ -92,16 +94,16 @@ def attach(
     found = _checked(model, find(model, targets))
     keys = keywords(data, found)
     children = np.random.default_rng(rng).spawn(len(found))
-    made = {
-        name: create(_weight(module), rng=child, **keys[name])
-        for (name, module), child in zip(found.items(), children, strict=True)
-    }
+    made = {}
+    for (name, module), child in zip(found.items(), children, strict=True):
+        weight = _weight(module)
+        made[name] = _without(weight, create(weight, rng=child, **keys[name]))
     return attach_forms(model, made, dropout=dropout)
 
 
 def attach_shared(
     model: nn.Module,
-    create: Callable[..., LayeredForm],
+    create: Callable[..., LayeredForm | LayeredStart],
     *,
     targets: Targets,
     dropout: float = 0.0,
@@ -114,8 +116,9 @@ def attach_shared(
     model, targets, dropout
         As in :func:`attach`.
     create : callable
-        From ``(weights, rng=...)`` to a :class:`~lowrank_sp.adapters.forms.LayeredForm`, where
-        ``weights`` are those of all targets, in the order of the modules of the model.
+        From ``(weights, rng=...)`` to a :class:`~lowrank_sp.adapters.forms.LayeredForm`, or to a
+        :class:`~lowrank_sp.adapters.catalog.LayeredStart`, where ``weights`` are those of all
+        targets, in the order of the modules of the model.
     rng : int, Generator or None
 
     Returns
@@ -124,8 +127,9 @@ def attach_shared(
         The model. The arrays are parameters and buffers of its module ``shared_adapters``.
     """
     found = _checked(model, find(model, targets))
-    form = create([_weight(module) for module in found.values()], rng=np.random.default_rng(rng))
-    return attach_forms(model, {tuple(found): form}, dropout=dropout)
+    weights = [_weight(module) for module in found.values()]
+    made = _without(weights, create(weights, rng=np.random.default_rng(rng)))
+    return attach_forms(model, {tuple(found): made}, dropout=dropout)
 
 
 def attach_forms(model: nn.Module, forms: Mapping[Any, Any], *, dropout: float = 0.0) -> nn.Module:
@@ -137,7 +141,7 @@ def attach_forms(model: nn.Module, forms: Mapping[Any, Any], *, dropout: float =
         As in :func:`attach`.
     forms : mapping
         From the name of a module to what ``create`` of :func:`attach` may return, of arrays of any
-        library; and from a tuple of names to a :class:`~lowrank_sp.adapters.forms.LayeredForm`.
+        library; and from a tuple of names to what ``create`` of :func:`attach_shared` may return.
 
     Returns
     -------
@@ -147,29 +151,38 @@ def attach_forms(model: nn.Module, forms: Mapping[Any, Any], *, dropout: float =
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     single = {name: _start(made) for name, made in forms.items() if isinstance(name, str)}
-    layered = {names: form for names, form in forms.items() if not isinstance(names, str)}
+    layered = {
+        names: _layered_start(made) for names, made in forms.items() if not isinstance(names, str)
+    }
     names = [*single, *(name for group in layered for name in group)]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"a layer gets one form, got several for {', '.join(twice)}")
     modules = _checked(model, find_exactly(model, names))
-    for name, (form, weight) in single.items():
+    for name, (form, _) in single.items():
         _check_form(name, form, shape_of(modules[name]))
-        if weight is not None:
-            check_movable(model, name, modules[name])
-    for group, form in layered.items():
+    for group, (form, _) in layered.items():
         _check_group(group, form, [shape_of(modules[name]) for name in group])
+    moved = {name: weight for name, (_, weight) in single.items() if weight is not None}
+    for group, (_, weights) in layered.items():
+        if weights is not None and len(weights) != len(group):
+            raise ValueError(
+                f"the start must have the weights of {len(group)} layers, got {len(weights)}"
+            )
+        moved |= {} if weights is None else dict(zip(group, weights, strict=True))
+    for name in moved:
+        check_movable(model, name, modules[name])
 
     pool = Pool()
     likes = {name: _like(modules[name]) for name in names}
     links = _pooled(pool, {name: form for name, (form, _) in single.items()}, likes)
     shared: list[nn.Module] = [pool] if any(links.values()) else []
     new: dict[nn.Module, nn.Module] = {}
-    for name, (form, weight) in single.items():
+    for name, weight in moved.items():
+        write_weight(modules[name], weight)
+    for name, (form, _) in single.items():
         base = modules[name]
-        if weight is not None:
-            write_weight(base, weight)
         new[base] = Adapted(base, Arrays(form, likes[name], pool, links[name]), dropout=dropout)
-    for group, form in layered.items():
+    for group, (form, _) in layered.items():
         arrays = Arrays(form, likes[group[0]])
         shared.append(arrays)
         for index, name in enumerate(group):
@@ -215,6 +228,18 @@ def _start(made: Any) -> tuple[Form, Any]:
         f"a layer needs a Form, a Start or an Initialization, got {type(made).__name__}; forms of "
         "many layers go with attach_shared"
     )
+
+
+def _layered_start(made: Any) -> tuple[Any, Any]:
+    """A form of many layers, and the weights that belong to it where those are new ones."""
+    return (made.form, made.weights) if isinstance(made, LayeredStart) else (made, None)
+
+
+def _without(weights: Any, made: Any) -> Any:
+    """The form alone where a start leaves the weights that it was made from."""
+    if isinstance(made, (Start, LayeredStart)) and made[1] is weights:
+        return made.form
+    return made
 
 
 def _check_form(name: str, form: Form, shape: tuple[int, int]) -> None:

@@ -67,7 +67,8 @@ class Variant:
     options : dict
         Further arguments of ``create``.
     needs : str or None
-        The data that ``create`` needs beside the weight: one of its arguments.
+        The data that ``create`` needs beside the weight: the argument of that name of
+        :meth:`start`.
     rule : Rule or None
         The update rule that is part of the method; None for any optimizer.
     peft : str or None
@@ -107,7 +108,9 @@ class Variant:
         *,
         alpha: float | None = None,
         rng: RNG = None,
-        data: Any = None,
+        components: Any = None,
+        second_moment: Any = None,
+        gradient: Any = None,
         grid: LayerGrid | None = None,
     ) -> Start | LayeredStart:
         """The form at its published start, and the base weight that belongs to it.
@@ -120,8 +123,9 @@ class Variant:
         alpha : float, optional
             By default what makes the scale 1, or what the method prescribes.
         rng : int, Generator or None
-        data : optional
-            What :attr:`needs` names, of the layer.
+        components, second_moment, gradient : array, optional
+            Of the layer: the one that :attr:`needs` names, as
+            :mod:`~lowrank_sp.adapters.statistics` gathers it.
         grid : LayerGrid, optional
             Where the weights stand on the :attr:`axes`, if there are any.
 
@@ -150,8 +154,9 @@ class Variant:
             self._add(arguments, "alpha", alpha, wanted=self.scale is not Scale.NONE)
             scale = self.scale.of(arguments.pop("alpha"), rank or 1)
             arguments |= {"alpha": scale * (rank or 1)} if self.takes("alpha") else {"scale": scale}
-        if self.needs is not None or data is not None:
-            self._add(arguments, self.needs or "data", data, wanted=self.needs is not None)
+        known = {"components": components, "second_moment": second_moment, "gradient": gradient}
+        for name, value in known.items():
+            self._add(arguments, name, value, wanted=name == self.needs)
         if self.axes or grid is not None:
             self._add(arguments, "grid", grid, wanted=self.takes("grid"))
         if self.takes("rng"):

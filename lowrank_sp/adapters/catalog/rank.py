@@ -41,7 +41,7 @@ RANK = [
     Variant(
         "ReLoRA",
         Axis.RANK,
-        "lialin2024relora",
+        "lialin2023relora",
         r"\textstyle\sum_{i \le K} s B_i A_i",
         Chain.create,
         trainable="r * (m + n)",
