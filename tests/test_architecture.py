@@ -143,7 +143,9 @@ def exported():
     many = (*algebra, adapters.federated, adapters.serving, adapters.compensate, adapters.compress)
     for module in (lowrank_sp, linalg, operators, tensors, adapters, *many, bridge, *solvers):
         for name, thing in vars(module).items():
-            if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
+            ours = getattr(thing, "__module__", "").startswith("lowrank_sp")
+            kind = inspect.isclass(thing) or inspect.isfunction(thing)
+            if ours and kind and not name.startswith("_"):
                 yield pytest.param(thing, id=f"{module.__name__}.{name}")
 
 
