@@ -15,7 +15,7 @@ import numpy as np
 from lowrank_sp.adapters.forms import CombinedCore, Gains, PositionalRandomSum, peft_basis
 from lowrank_sp.checkpoint.peft.config import common, plain
 from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place, host, made
-from lowrank_sp.checkpoint.tensors import CheckpointError, round_to, widen
+from lowrank_sp.checkpoint.tensors import CheckpointError
 
 
 def load_vera(x: Found) -> Gains:
@@ -93,22 +93,13 @@ def save_randlora(form: PositionalRandomSum, place: Place) -> Arrays:  # noqa: A
 
 def share_randlora(forms: Mapping[str, PositionalRandomSum]) -> Arrays:
     """The basis, once: PEFT itself writes it again for every layer."""
-    small, large = _bases(forms)
+    small = _united({name: form.small for name, form in forms.items()}, "small", "RandLoRA")
+    large = _united({name: form.large for name, form in forms.items()}, "large", "RandLoRA")
     return {"randlora_A": small[:, None, :], "randlora_B": large}
 
 
-def _bases(forms: Mapping[str, PositionalRandomSum]) -> tuple[np.ndarray, np.ndarray]:
-    small = _united({name: form.small for name, form in forms.items()}, "small", "RandLoRA")
-    return small, _united({name: form.large for name, form in forms.items()}, "large", "RandLoRA")
-
-
 def configure_randlora(forms: Mapping[str, PositionalRandomSum]) -> dict[str, Any]:
-    """One rank and one alpha; the basis is saved.
-
-    PEFT loads a basis into bfloat16, and a sparse one into float32, whatever the file has. So one
-    that bfloat16 would round is called sparse.
-    """
-    rounded = any(np.any(widen(round_to(a, "BF16")) != a) for a in _bases(forms))
+    """One rank and one alpha; the basis is saved."""
     sizes = {name: (form.gains.shape[0], form.scale) for name, form in forms.items()}
     rank, scale = common(sizes, "(rank, scale)", "RandLoRA")
     for name, form in forms.items():
@@ -123,7 +114,6 @@ def configure_randlora(forms: Mapping[str, PositionalRandomSum]) -> dict[str, An
         "randlora_alpha": plain(scale * rank),
         "projection_prng_key": 0,
         "save_projection": True,
-        "sparse": rounded,
         "randlora_dropout": 0.0,
         "bias": "none",
     }
