@@ -140,7 +140,14 @@ def exported():
     bridge = importlib.import_module("lowrank_sp.torch")
     solvers = (inverse, inverse.completion, inverse.sensing, inverse.synthetic, updates)
     algebra = (adapters.algebra, adapters.algebra.merge)
-    many = (*algebra, adapters.federated, adapters.serving, adapters.compensate, adapters.compress)
+    many = (
+        *algebra,
+        adapters.federated,
+        adapters.serving,
+        adapters.compensate,
+        adapters.compress,
+        adapters.subspaces,
+    )
     for module in (lowrank_sp, linalg, operators, tensors, adapters, *many, bridge, *solvers):
         for name, thing in vars(module).items():
             ours = getattr(thing, "__module__", "").startswith("lowrank_sp")

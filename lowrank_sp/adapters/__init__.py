@@ -8,6 +8,7 @@ from lowrank_sp.adapters import federated as federated
 from lowrank_sp.adapters import forms as forms
 from lowrank_sp.adapters import initializers as initializers
 from lowrank_sp.adapters import serving as serving
+from lowrank_sp.adapters import subspaces as subspaces
 from lowrank_sp.adapters.initializers import CALIBRATED as CALIBRATED
 from lowrank_sp.adapters.initializers import INITIALIZERS as INITIALIZERS
 from lowrank_sp.adapters.initializers import Allocation as Allocation
