@@ -33,6 +33,7 @@ WEIGHT = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
 FORMS = {
     "lora": forms.Product.create(SHAPE, 3, alpha=5, rng=0),
     "third": forms.Product.create(SHAPE, 3, alpha=1, rng=0),
+    "no single": forms.Product.create(SHAPE, 3, alpha=0.3, rng=0),
     "dora": forms.RowMagnitude.create(WEIGHT, 3, alpha=7, rng=0),
     "loha": forms.HadamardProduct.create(SHAPE, 3, alpha=2, rng=0),
     "lokr": forms.KroneckerProduct.create(SHAPE, 2, alpha=5, rng=0),
