@@ -222,11 +222,12 @@ for ax, (part, rows) in zip(axes, runs.items(), strict=True):
 axes[0].set(ylabel="loss of the batch")
 
 # %%
-# All begin at one loss, since none of these starts changes what the model computes. Under AdamW at one
-# rate, the starts made of the weight or of data fall faster than that of LoRA, and DoRA draws nearly
-# the same line as LoRA. LoRA-XS trains a sixth of the numbers, MetaTT, whose six weights share their
-# factors, a third. LoRA-RITE has the rate of AdamW and gets farther with it.
+# All begin at one loss, since these starts leave what the model computes, LoRA-XS up to a core of
+# size 1e-5. Under AdamW at one rate, the starts made of the weight or of data fall faster than
+# that of LoRA, and DoRA draws nearly the same line as LoRA. LoRA-XS trains a sixth of the
+# numbers; MetaTT, whose six weights share their factors, a third. LoRA-RITE has the rate of
+# AdamW, and gets farther with it.
 #
-# What is fitted is 160 sentences. The head alone gets three quarters of the other half right, and so
-# do all of these, within the four points or so that so few can tell apart. With other names, data and
-# rates tuned for each of them this is where an experiment begins.
+# What is fitted is 160 sentences. The head alone gets three quarters of the other half right, and
+# so do all of these, within the few points that 160 more can tell apart. With other names, data,
+# and rates tuned for each of them, this is where an experiment begins.
