@@ -59,7 +59,7 @@ def adapters(model, tmp_path_factory):
     paths = {}
     for k, (name, rank) in enumerate(RANKS.items()):
         layers = {
-            layer: pair(base.layer(layer).shape, rank, 10 * k + i, scale=0.5 * (k + 1))
+            layer: pair(base.layer(layer).shape, rank, 10 * k + i, scale=0.4 * (k + 1))
             for i, layer in enumerate(NAMES if name == "ann" else ATTENTION)
         }
         paths[name] = write(folder / name, layers, base=str(model), fingerprint=base.fingerprint())

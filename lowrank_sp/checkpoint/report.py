@@ -95,9 +95,9 @@ class LayerOutcome:
     rank : int
         Of what was written.
     norm : float
-        Frobenius norm of what was to be written.
+        Frobenius norm of what was asked for.
     error : float
-        Frobenius norm of what was to be written minus what was.
+        Frobenius norm of what is missing of it in what was written.
     seconds : float
         Of a layer that several adapters have, on all of them.
     adapter : str or None

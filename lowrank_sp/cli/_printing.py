@@ -89,8 +89,8 @@ def _job_table(report: JobReport) -> Table:
         *("layer", "shape", "rank", "norm", "error", "relative", "ms"),
         *(("adapter",) if several else ()),
         *(("",) if noted else ()),
-        caption="error: Frobenius norm of what was to be written minus what was. "
-        "relative: over norm, which is that of the former.",
+        caption="norm: Frobenius norm of what was asked for. error: of what is missing of it. "
+        "relative: error over norm.",
     )
     for row in report.layers:
         made.add_row(
