@@ -193,8 +193,9 @@ def from_host(x: np.ndarray, like: Array, dtype: Any = None) -> Array:
         dtype = like.dtype if np.iscomplexobj(x) else real_dtype(xp, like.dtype)
     if isinstance(like, np.ndarray):
         return x.astype(dtype, copy=False)
-    # Cast before the transfer: some devices have no float64.
-    x = np.ascontiguousarray(x.astype(dtype_name(dtype), copy=False))
+    # Cast before the transfer: some devices have no float64. NumPy has no bfloat16.
+    name = dtype_name(dtype)
+    x = np.ascontiguousarray(x.astype("float32" if name == "bfloat16" else name, copy=False))
     return xp.asarray(x, dtype=dtype, device=device(like), copy=True)
 
 
@@ -272,7 +273,7 @@ def max_abs(a: Array) -> float:
     if 0 in a.shape:
         return 0.0
     xp = namespace(a)
-    size = abs(a)
+    size = abs(detached(a))
     # XLA's maximum passes over NaN on CPUs; a sum does not.
     return float(xp.max(size) if xp.all(xp.isfinite(size)) else xp.sum(size))
 
@@ -281,7 +282,7 @@ def _sum_squares(a: Array, factors: tuple[float, ...] = ()) -> float:
     if 0 in a.shape:
         return 0.0
     xp = namespace(a)
-    flat = math.prod(a.shape[1:])
+    a, flat = detached(a), math.prod(a.shape[1:])
     total = 0.0
     for rows in slices(a.shape[0], max(1, 2**20 // flat)):
         block = as_compute(a[rows, ...])

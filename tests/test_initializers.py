@@ -164,6 +164,23 @@ def test_factors_may_be_stored_in_another_dtype(name, stored):
 
 
 @every
+def test_factors_of_torch_in_bfloat16(name):
+    w = torch.asarray(weight(np.float32))
+    start = start_of(name, w, RANK, asarray=torch.asarray, dtype=torch.bfloat16, rng=0)
+    assert start.up.dtype == start.down.dtype == torch.bfloat16
+    check_identity(w, start, UNIT["float32"])
+
+
+@every
+def test_a_parameter_of_torch_is_taken_as_a_constant(name):
+    w = torch.nn.Parameter(torch.asarray(weight(np.float32)))
+    start = start_of(name, w, RANK, asarray=torch.asarray, rng=0)
+    assert not start.up.requires_grad
+    assert not start.down.requires_grad
+    assert start.residual is w or not start.residual.requires_grad
+
+
+@every
 @pytest.mark.parametrize("shape", [(N, M), (1500, 8), (8, 8)])
 def test_shapes(name, shape):
     w = weight(shape=shape)
@@ -673,6 +690,10 @@ V = np.linalg.qr(gaussian(N, N))[0]
         (lambda w: eva(w, 2, components=V[:, :5]), r"components must have shape \(k, 20\)"),
         (lambda w: eva(w, 2, components=V * np.inf), "components must be finite"),
         (lambda w: eva(w, 2, components=V, component_values=np.zeros(N)), "must be positive"),
+        (lambda w: eva(w, 2, components=V, component_values=np.ones(1)), r"shape \(20,\)"),
+        (lambda w: lora_ga(w, 2, gradient=G, gamma=0.0), "gamma must be positive and finite, got"),
+        (lambda w: lora_one(w, 2, gradient=G, gamma=-1.0), "gamma must be positive and finite"),
+        (lambda w: lora_sb(w, 2, gradient=G, step=0.0), "step must be positive and finite, got 0"),
         (lambda w: corda_ipm(w, 2, second_moment=np.eye(N), damping=0.0), "damping must be pos"),
         (lambda w: loftq(w, 2, steps=0), "steps must be at least 1, got 0"),
         (lambda w: qpissa(w, 2, steps=0), "steps must be at least 1, got 0"),

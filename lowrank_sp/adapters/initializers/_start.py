@@ -12,6 +12,7 @@ from lowrank_sp._arrays import (
     Array,
     as_compute,
     compute_dtype,
+    detached,
     device,
     dtype_name,
     is_inexact,
@@ -114,6 +115,7 @@ def compensated(
 def remainder(weight: Array, up: Array, down: Array, scale: float) -> Array:
     """``weight - scale * up @ down``, by row blocks, each rounded once."""
     xp = namespace(weight, up)
+    weight = detached(weight)
     wide = as_compute(up[:1, :]).dtype
     scaled = as_compute(down) * scale
 

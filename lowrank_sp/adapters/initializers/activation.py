@@ -10,6 +10,7 @@ from lowrank_sp._arrays import (
     Array,
     adjoint,
     as_compute,
+    detached,
     eps,
     max_abs,
     namespace,
@@ -67,11 +68,16 @@ def eva(
             f"too few samples: there are {components.shape[0]} components for rank {rank}; "
             "feed more inputs, or keep more components"
         )
-    down = as_compute(components[:rank, :])
+    down = as_compute(detached(components)[:rank, :])
     if not math.isfinite(max_abs(down)):
         raise ValueError("components must be finite, got NaN or infinite entries")
     if component_values is not None:
-        values = as_compute(component_values[:rank])
+        if tuple(component_values.shape) != (components.shape[0],):
+            raise ValueError(
+                f"component_values must have shape ({components.shape[0]},), one for each of the "
+                f"components, got {tuple(component_values.shape)}"
+            )
+        values = as_compute(detached(component_values)[:rank])
         if not 0 < float(xp.min(values)) < math.inf:
             raise ValueError(
                 "component_values must be positive to divide by; ask for a smaller rank"
@@ -114,8 +120,8 @@ def weighted(
     """
     _, _, scale, dtype = checked(weight, rank, alpha, dtype)
     n = weight.shape[1]
-    root = covariance_root(second_moment, n, name="second_moment", least=rank)
-    wide = as_compute(weight)
+    root = covariance_root(detached(second_moment), n, name="second_moment", least=rank)
+    wide = as_compute(detached(weight))
     xp = namespace(wide, root)
     check_finite(wide)
     approximation, error = projected(wide, wide @ xp.astype(root, wide.dtype), rank, rng)
@@ -186,10 +192,11 @@ def corda_kpm(
 
 def _damped_image(weight: Array, rank: int, c: Array, damping: float) -> Array:
     """``W C_d``."""
+    c = detached(c)
     check_covariance(c, weight.shape[1], name="second_moment", least=rank)
     if not 0 < damping < math.inf:
         raise ValueError(f"damping must be positive and finite, got {damping}")
-    wide = as_compute(weight)
+    wide = as_compute(detached(weight))
     xp = namespace(wide, c)
     shift = damping * complex(xp.linalg.trace(c)).real / c.shape[0]
     return wide @ xp.astype(c, wide.dtype) + shift * wide
@@ -204,5 +211,5 @@ def _oriented(weight: Array, f: SVD, scale: float, dtype: Any) -> Initialization
     size = xp.where(f.s > floor, f.s, xp.full_like(f.s, floor)) ** 0.5
     size = xp.astype(size, f.u.dtype)
     up = f.u * size * scale**-0.5
-    down = (adjoint(f.u) @ as_compute(weight)) / size[:, None] * scale**-0.5
+    down = (adjoint(f.u) @ as_compute(detached(weight))) / size[:, None] * scale**-0.5
     return compensated(weight, xp.astype(up, dtype), xp.astype(down, dtype), scale, f)

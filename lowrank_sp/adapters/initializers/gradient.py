@@ -95,6 +95,7 @@ def lora_ga(
            [0., 0., 0., 0.]])
     """
     m, n, scale, dtype = checked(weight, rank, alpha, dtype)
+    _check_positive("gamma", gamma)
     if 2 * rank > min(m, n):
         raise ValueError(
             f"rank must be in 1..{min(m, n) // 2} for shape {m} x {n}, got {rank}; "
@@ -140,6 +141,7 @@ def lora_one(
         Larger is a shorter step.
     """
     _, _, scale, dtype = checked(weight, rank, alpha, dtype)
+    _check_positive("gamma", gamma)
     f = _gradient_svd(weight, gradient, rank, rng)
     xp = namespace(f.u)
     root = (gamma * float(f.s[0])) ** -0.5
@@ -170,12 +172,18 @@ def lora_sb(
         Learning rate of the first full step.
     """
     _, _, _, dtype = checked(weight, rank, None, dtype)
+    _check_positive("step", step)
     _check_gradient(weight, gradient)  # a sign may hide NaN
     dense = as_compute(gradient) if is_array(gradient) else as_operator(gradient).to_dense()
     xp = namespace(weight, dense)
     f = _gradient_svd(weight, -step * xp.sign(dense), rank, rng)
     core = xp.astype(f.s, dtype)[:, None] * xp.eye(rank, dtype=dtype, device=device(dense))
     return CoreStart(xp.astype(f.u, dtype), core, xp.astype(f.vh, dtype), f)
+
+
+def _check_positive(name: str, number: float) -> None:
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {number}")
 
 
 def _check_gradient(weight: Array, gradient: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_sp._arrays import RNG, Array, as_compute, frobenius, namespace
+from lowrank_sp._arrays import RNG, Array, as_compute, detached, frobenius, namespace
 from lowrank_sp.adapters.initializers._start import checked, divided, remainder
 from lowrank_sp.adapters.quantize import Quantized, nf4
 from lowrank_sp.factors import SVD, LowRank
@@ -85,7 +85,7 @@ def loftq(
     True
     """
     _, _, scale, dtype = _checked(weight, rank, alpha, dtype, steps)
-    wide, generator = as_compute(weight), np.random.default_rng(rng)
+    wide, generator = as_compute(detached(weight)), np.random.default_rng(rng)
 
     def step(target: Array) -> tuple[QuantizedInitialization, Array]:
         base = quantize(target)
@@ -121,7 +121,7 @@ def qpissa(
     Parameters are those of :func:`loftq`.
     """
     _, _, scale, dtype = _checked(weight, rank, alpha, dtype, steps)
-    wide, generator = as_compute(weight), np.random.default_rng(rng)
+    wide, generator = as_compute(detached(weight)), np.random.default_rng(rng)
 
     def step(lost: Array) -> QuantizedInitialization:
         f = truncated_svd(lost, rank, rng=generator)

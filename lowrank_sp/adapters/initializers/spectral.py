@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowrank_sp._arrays import RNG, Array, adjoint, as_compute, namespace, standard_normal
+from lowrank_sp._arrays import RNG, Array, adjoint, as_compute, detached, namespace, standard_normal
 from lowrank_sp.adapters.initializers._start import (
     Initialization,
     check_finite,
@@ -81,7 +81,7 @@ def olora(
     del rng
     _, _, scale, dtype = checked(weight, rank, alpha, dtype)
     xp = namespace(weight)
-    wide = as_compute(weight)
+    wide = as_compute(detached(weight))
     q, r = xp.linalg.qr(wide[:, :rank])
     diagonal = xp.linalg.diagonal(r)
     size = abs(diagonal)
