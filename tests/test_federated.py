@@ -238,6 +238,21 @@ def test_lora_fair_of_a_factor_without_full_rank():
     assert np.linalg.norm(dense(aggregate) - fitted) <= 1e-12 * np.linalg.norm(fitted)
 
 
+def test_weights_are_divided_by_their_sum():
+    pairs, rough = clients(), [0.1, 0.2, 0.3, 0.4 + 9e-7]
+    exact = ideal(pairs, [p / sum(rough) for p in rough])
+    for aggregate in (federated.fedit(pairs, rough), federated.fedex(pairs, rough)):
+        error = np.linalg.norm(exact - dense(aggregate))
+        assert abs(aggregate.error - error) <= 1e-12 * np.linalg.norm(exact)
+
+
+def test_lora_fair_of_tiny_factors():
+    pairs = clients(np.float32)
+    tiny = [Product(p.up, np.float32(1e-25) * p.down, p.scale) for p in pairs]
+    known, found = (federated.lora_fair(x, WEIGHTS) for x in (pairs, tiny))
+    np.testing.assert_allclose(found.adapter.up, known.adapter.up, rtol=1e-4, atol=1e-5)
+
+
 def test_frozen_factors_are_handed_back_as_they_are():
     pairs = clients(frozen="down")
     assert federated.ffa(pairs, WEIGHTS).adapter.down is pairs[0].down

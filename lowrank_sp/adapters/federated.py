@@ -271,9 +271,10 @@ def lora_fair(
     u, s, vh = xp.linalg.svd(mean.down, full_matrices=False)
     top = float(s[0])
     keep = s > max(mean.down.shape) * eps(mean.down.dtype) * top
-    safe = xp.where(keep, s, xp.ones_like(s))
+    safe, size = xp.where(keep, s, xp.ones_like(s)), s / (top or 1.0)
     # s_i^2 / (s_i^2 + rho s_1^2) and 1 / s_i times that, 0 for directions that down lacks.
-    share = xp.where(keep, safe**2 / (safe**2 + regularization * top**2), xp.zeros_like(s))
+    share = xp.where(keep, size**2, xp.zeros_like(s))
+    share = share / (xp.where(keep, size**2, xp.ones_like(s)) + regularization)
     share, inverse = (xp.astype(x, vh.dtype) for x in (share, share / safe))
     along = bias.right @ adjoint(vh)
     step = bias.left @ ((along * inverse) @ adjoint(u)) / mean.scale
@@ -332,7 +333,8 @@ def _round(
     total = math.fsum(p)
     if abs(total - 1.0) > 1e-6:
         raise ValueError(f"weights must sum to 1, got {total:g}; divide them by their sum")
-    return clients, p
+    # What is left is their rounding, which no formula here allows for.
+    return clients, [weight / total for weight in p]
 
 
 def _mean(clients: Sequence[Product], p: Sequence[float]) -> Product:
