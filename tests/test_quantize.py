@@ -266,6 +266,7 @@ def test_nf4_suits_gaussian_entries():
         (lambda: nf4(np.array([[np.inf, 1.0]])), ValueError, "must be finite"),
         (lambda: int_affine(np.array([[-3e38, 3e38]], np.float32)), ValueError, "overflow"),
         (lambda: nf4(np.ones((2, 2)), block=0), ValueError, "block must be at least 1, got 0"),
+        (lambda: fp8_e4m3(np.ones((2, 2)), block=0), ValueError, "block must be at least 1, got 0"),
         (lambda: int_symmetric(np.ones((2, 2)), 1), ValueError, r"bits must be in 2\.\.8, got 1"),
         (lambda: int_affine(np.ones((2, 2)), 9), ValueError, r"bits must be in 1\.\.8, got 9"),
         (lambda: double(double(nf4(np.ones((2, 2))))), ValueError, "quantized already"),

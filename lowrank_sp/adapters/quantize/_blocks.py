@@ -13,6 +13,7 @@ from lowrank_sp._arrays import (
     Array,
     as_compute,
     compute_dtype,
+    detached,
     device,
     dtype_name,
     from_host,
@@ -111,6 +112,7 @@ def nearest(
 ) -> Quantized:
     """``a`` at the nearest levels; ``grid`` gives scales and offsets of ``(rows, b, block)``."""
     check_real(a)
+    a = detached(a)
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     xp = namespace(a)

@@ -119,7 +119,7 @@ def double(q: Quantized, *, bits: int = 8, block: int = 256) -> Quantized:
 
     32 bits for every 64 entries become 8: half a bit an entry becomes an eighth. The scales, all
     of one sign, are coded by :func:`int_affine`, so that the error of an entry grows by at most
-    the range of 256 scales over ``2 (2^bits - 1)``.
+    the range of 256 scales over ``2 (2^bits - 1)``, times the largest level.
 
     Parameters
     ----------
@@ -193,7 +193,9 @@ def _float8(
         size = xp.max(abs(blocks), axis=-1)
         return xp.ones_like(size) if block is None else size / largest, None
 
-    return nearest(a, levels, boundaries, grid, block=block or a.shape[1], bits=8)
+    return nearest(
+        a, levels, boundaries, grid, block=a.shape[1] if block is None else block, bits=8
+    )
 
 
 def _by_largest(a: Array, levels: np.ndarray, block: int, *, bits: int) -> Quantized:
