@@ -136,7 +136,7 @@ CASES = [
         "delta-lora",
         lambda w, rng: forms.delta_updates(
             forms.Product.create(w, R, alpha=6, rng=rng).replace(
-                {"up": forms.Product.create(w, R, rng=3).down.mT[:1, :] + w[:, :R]}
+                {"up": forms.Product.create(w, R, rng=3).down.mT[:1, :] + detached(w)[:, :R]}
             ),
             0.5,
         ),

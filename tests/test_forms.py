@@ -7,6 +7,7 @@ import form_cases_rank
 import form_cases_svd
 import numpy as np
 import pytest
+import torch
 from form_cases import random_values, weight_of
 from form_laws import (
     check_apply,
@@ -55,6 +56,13 @@ def test_it_starts_as_published(case, xp):
 
 
 @cases
+def test_it_is_made_of_a_parameter_of_torch(case):
+    weight = torch.nn.Parameter(torch.asarray(weight_of(case)))
+    form = case.create(weight, 0)
+    assert not any(a.requires_grad for a in form.parameters().values())
+
+
+@cases
 def test_one_seed_gives_one_start(case, xp):
     weight = weight_of(case)
     check_seed(case.create, weight, xp.asarray(weight), xp.host)
@@ -65,6 +73,33 @@ def test_one_seed_gives_one_start(case, xp):
 def test_applying_it_is_multiplying_by_it(case, dtype, xp):
     form, weight, update = drawn(case, dtype, xp)
     check_apply(form, update, weight, dtype, xp)
+
+
+@cases
+@pytest.mark.parametrize("lead", [(0,), (2, 0)], ids=str)
+def test_of_no_inputs_there_are_no_outputs(case, lead, xp):
+    weight = weight_of(case)
+    m, n = weight.shape
+    form = case.create(xp.asarray(weight), 0)
+    x, y = (xp.asarray(np.zeros((*lead, size))) for size in (n, m))
+    assert tuple(form.apply(x).shape) == tuple(form.adapt(x, y).shape) == (*lead, m)
+
+
+@cases
+def test_parameters_in_half_precision_lose_nothing_more_when_they_are_merged(case):
+    weight = weight_of(case, np.float32)
+    form = random_values(case.create(torch.asarray(weight), 0), torch.asarray)
+    half = {k: a.bfloat16() for k, a in form.parameters().items()}
+    form = form.replace(half)
+    host = {k: (a.double() if k in half else a).numpy() for k, a in form.arrays().items()}
+    update = case.naive(host, weight.astype(np.float64))
+    merged = form.merge(torch.asarray(weight)).numpy()
+    assert np.linalg.norm(merged - weight - update) <= 1e-5 * np.linalg.norm(weight + update)
+    delta = form.to_lora(2 if case.lora is None else None).form.delta()
+    assert delta.dtype == torch.float32
+    if case.lora is not None:
+        error = np.linalg.norm(delta.to_dense().numpy() - update)
+        assert error <= 1e-5 * np.linalg.norm(update)
 
 
 @cases

@@ -474,6 +474,12 @@ REFUSED = {
         r"0\.\.3",
     ),
     "density": (lambda: forms.largest_places(np.ones((2, 2)), 0.0), ValueError, "density"),
+    "NaN": (
+        lambda: forms.largest_places(np.array([[np.nan, 1.0], [2.0, 3.0]]), 0.75),
+        ValueError,
+        "must not be NaN",
+    ),
+    "alpha": (lambda: forms.BlockGrid.create((4, 4), 2, blocks=2, alpha=0), ValueError, "alpha"),
     "narrow": (
         lambda: forms.KhatriRao(np.ones((4, 2)), np.ones((4, 2)), (4, 6)),
         ValueError,

@@ -88,7 +88,8 @@ def absorbed(rows: Array, cores: Sequence[Array]) -> Array:
     part = xp.reshape(rows, (count, 1, n))
     for core in cores:
         r, k, s = core.shape
-        part = xp.reshape(core, (r * k, s)).mT @ xp.reshape(part, (count, r * k, -1))
+        n //= k
+        part = xp.reshape(core, (r * k, s)).mT @ xp.reshape(part, (count, r * k, n))
     return part[:, :, 0]
 
 

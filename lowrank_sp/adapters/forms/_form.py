@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
-from lowrank_sp._arrays import RNG, Array, as_compute, dtype_name, namespace, slices
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    as_compute,
+    dtype_name,
+    is_inexact,
+    namespace,
+    slices,
+)
 from lowrank_sp.adapters.algebra.sums import resize
 from lowrank_sp.adapters.forms._draws import Like, factor_scale, kaiming_uniform, zeros
 from lowrank_sp.adapters.forms._parts import Fixed, Parts, Trained
@@ -56,11 +64,17 @@ class Form(Parts, ABC):
 
     def merge(self, weight: Array) -> Array:
         """``weight + delta``, by blocks of rows, rounded once to the dtype of ``weight``."""
-        return _plus(weight, self.shape, self._rows(), 1.0)
+        return _plus(weight, self.shape, self._widened()._rows(), 1.0)
 
     def unmerge(self, merged: Array) -> Array:
         """``merged - delta``: the weight again, to the rounding of its dtype."""
-        return _plus(merged, self.shape, self._rows(), -1.0)
+        return _plus(merged, self.shape, self._widened()._rows(), -1.0)
+
+    def _widened(self) -> Self:
+        """The form in its compute dtype: in half precision its update would be rounded first."""
+        found = {name: a for name, a in self.arrays().items() if is_inexact(a.dtype)}
+        wide = {name: as_compute(a) for name, a in found.items()}
+        return self.replace(wide) if any(wide[name] is not a for name, a in found.items()) else self
 
     def _rows(self) -> Callable[[slice], Array]:
         """How to get some rows of the update, to merge it by blocks."""
@@ -78,14 +92,15 @@ class Form(Parts, ABC):
         Returns
         -------
         Conversion
-            The factors, at scale 1, and the Frobenius norm of what they leave out.
+            The factors, in at least single precision and at scale 1, and the Frobenius norm of what
+            they leave out.
 
         Raises
         ------
         ValueError
             If the update is not low-rank and neither ``rank`` nor ``tol`` is given.
         """
-        delta = self.delta()
+        delta = self._widened().delta()
         if not isinstance(delta, Factored):
             if rank is None and tol is None:
                 raise ValueError(

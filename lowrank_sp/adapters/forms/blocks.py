@@ -227,7 +227,7 @@ class BlockGrid(_Blocks):
         rng : int, Generator or None
         """
         generator = np.random.default_rng(rng)
-        up, down, _ = _drawn(weight, rank, blocks, None, generator)
+        up, down, _ = _drawn(weight, rank, blocks, alpha, generator)
         if rank % blocks:
             raise ValueError(f"blocks must divide the rank, {rank}, got {blocks}")
         scale = 1.0 if alpha is None else alpha / (rank + common)

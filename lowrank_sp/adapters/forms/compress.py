@@ -33,7 +33,7 @@ class _Square(Form, ABC):
         padding = -n % q
         if padding:
             x = xp.concat([x, x[..., :padding]], axis=-1)
-        return xp.reshape(x, (*x.shape[:-1], -1, q))
+        return xp.reshape(x, (*x.shape[:-1], (n + padding) // q, q))
 
     def _stretched(self, y: Array, axis: int = -1) -> Array:
         """``y`` repeated and cut to ``m`` entries."""
@@ -179,7 +179,7 @@ class RotatedSquare(_Square):
             axis=-1,
         )
         y = rotated @ self.square.mT
-        return self._stretched(xp.reshape(y, (*x.shape[:-1], -1)))
+        return self._stretched(xp.reshape(y, (*x.shape[:-1], y.shape[-2] * y.shape[-1])))
 
 
 def _side(weight: Like, rank: int, *, even: bool = False) -> tuple[tuple[int, int], Array, int]:

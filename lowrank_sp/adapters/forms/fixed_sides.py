@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lowrank_sp._arrays import RNG, Array, device, namespace
+from lowrank_sp._arrays import RNG, Array, as_compute, device, namespace
 from lowrank_sp.adapters.forms._draws import factor_scale, full, normal, zeros
 from lowrank_sp.adapters.forms._form import LayeredForm, check_weight
 from lowrank_sp.adapters.forms._parts import Fixed, Trained
@@ -227,9 +227,11 @@ class RotatedCore(Sandwich):
 
     def core_matrix(self) -> Array:
         xp = namespace(self.skew)
-        k = skew_matrix(self.skew, self.left.shape[0])
+        k = skew_matrix(as_compute(self.skew), self.left.shape[0])
         one = identity(k.shape[0], k)
-        rotation = xp.linalg.solve(one - k, one + k)
+        # No library solves in half precision.
+        rotation = xp.astype(xp.linalg.solve(one - k, one + k), self.skew.dtype, copy=False)
+        one = identity(k.shape[0], self.skew)
         return self.left[:, None] * rotation * self.right[None, :] - one
 
 

@@ -93,7 +93,7 @@ class RowMagnitude(Form):
     @classmethod
     def _of(cls, weight: Array, up: Array, down: Array, scale: float, through_norm: bool) -> Self:
         weight = as_compute(weight)
-        lengths = _row_squares(weight, up, down, scale) ** 0.5
+        lengths = detached(_row_squares(weight, up, down, scale) ** 0.5)
         return cls(weight, up, down, lengths, scale, through_norm)
 
     @property
@@ -172,8 +172,9 @@ class BothMagnitudes(Form):
         """Factors of plain LoRA, and the lengths that the rows and columns have."""
         inner = Product.create(check_weight(weight, cls.__name__), rank, alpha=alpha, rng=rng)
         weight = as_compute(weight)
-        rows = _row_squares(weight, inner.up, inner.down, inner.scale) ** 0.5
+        rows = detached(_row_squares(weight, inner.up, inner.down, inner.scale) ** 0.5)
         columns = _row_squares(weight.mT, inner.down.mT, inner.up.mT, inner.scale) ** 0.5
+        columns = detached(columns)
         return cls(weight, inner.up, inner.down, rows, columns, inner.scale, through_norm)
 
     @property

@@ -135,7 +135,7 @@ class RandomSum(Form):
 
     def _flat(self, z: Array) -> Array:
         """From ``(..., N, r)`` to ``(..., N r)``, in the order of the columns of the large side."""
-        return namespace(z).reshape(z, (*z.shape[:-2], -1))
+        return namespace(z).reshape(z, (*z.shape[:-2], z.shape[-2] * z.shape[-1]))
 
     def _grid(self, z: Array) -> Array:
         """The inverse of :meth:`_flat`."""

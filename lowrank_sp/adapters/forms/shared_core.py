@@ -85,10 +85,10 @@ class CoreBlocks(Form):
         if missing:
             pad = xp.zeros((*lead, missing), dtype=x.dtype, device=device(x))
             x = xp.concat([x, pad], axis=-1)
-        z = xp.reshape(xp.reshape(x, (*lead, b, -1)) @ self.down.mT, (*lead, b * s))
+        z = xp.reshape(xp.reshape(x, (*lead, b, self.down.shape[1])) @ self.down.mT, (*lead, b * s))
         mixed = z @ xp.reshape(xp.permute_dims(self.core, (1, 3, 0, 2)), (b * s, a * r))
         y = xp.reshape(mixed, (*lead, a, r)) @ self.up.mT
-        return xp.reshape(y, (*lead, -1))[..., :m]
+        return xp.reshape(y, (*lead, a * y.shape[-1]))[..., :m]
 
 
 def _repeated(block: Array, count: int) -> Array:

@@ -207,6 +207,8 @@ def largest_places(scores: Array, density: float) -> Array:
         equal.append(np.flatnonzero(host == level) + start * n)
     larger = np.concatenate(above)
     ties = np.concatenate(equal)[: count - len(larger)]
+    if len(larger) + len(ties) < count:
+        raise ValueError("scores must not be NaN; leave out the batches that overflowed")
     return _integers(np.sort(np.concatenate([larger, ties])), like, m * n)
 
 
