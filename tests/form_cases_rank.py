@@ -3,7 +3,7 @@
 import numpy as np
 from form_cases import SHAPE, Case
 
-from lowrank_sp._arrays import from_host
+from lowrank_sp._arrays import detached, from_host
 from lowrank_sp.adapters import forms
 
 M, N = SHAPE
