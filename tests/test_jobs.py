@@ -347,6 +347,36 @@ def test_executor_does_not_change_the_result(pool, adapters, tmp_path):
         assert np.array_equal(product.down, layers[name].down)
 
 
+def test_embeddings_and_kernels_stay_what_they_are(tmp_path):
+    layers = {"conv": pair((6, 45), 2, 0), "embed": pair((8, 20), 2, 1), "fc": pair((4, 6), 2, 2)}
+    kinds = {"base": "b", "embeddings": frozenset({"embed"}), "kernels": {"conv": (3, 3)}}
+    paths = {name: write(tmp_path / name, layers, **kinds) for name in ("a", "b")}
+    checkpoint.resize(paths["a"], tmp_path / "resize", rank=1)
+    checkpoint.merge(paths, tmp_path / "merge", method="cat")
+    checkpoint.convert(paths["a"], tmp_path / "convert", rank=1)
+    checkpoint.federate(paths, tmp_path / "federate", method="fedit")
+    checkpoint.share(paths, tmp_path / "share", method="full", rank=2)
+    for out in ("resize", "merge", "convert", "federate", "share/adapters/a"):
+        folder = tmp_path / out if "/" in out else tmp_path / out / "adapter"
+        found = read_adapter(folder)
+        assert found.embeddings == kinds["embeddings"]
+        assert found.kernels == kinds["kernels"]
+        assert {name: form.shape for name, form in found.layers.items()} == {
+            name: form.shape for name, form in layers.items()
+        }
+
+
+def test_embeddings_of_the_base_are_corrected_by_their_width(tmp_path):
+    weight = gaussian(20, 8).astype(np.float32)
+    save_file({"embed.weight": weight}, tmp_path / "model.safetensors")
+    kinds = {"base": "b", "embeddings": frozenset({"embed"})}
+    form = pair((8, 20), 2, 1)
+    paths = {"a": write(tmp_path / "a", {"embed": form}, **kinds)}
+    base = tmp_path / "model.safetensors"
+    checkpoint.federate(paths, tmp_path / "out", method="flora", base=base)
+    assert close(decoded(tmp_path / "out" / "base", "embed"), weight + dense(form).T)
+
+
 # Conversion
 
 

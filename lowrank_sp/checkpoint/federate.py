@@ -188,7 +188,8 @@ def _checked_base(
 
 def _layer(model: Checkpoint, name: str, sources: Mapping[str, Adapter]) -> Layer:
     first = next(iter(sources.values()))
-    layer = model.layer(name, fan_in_fan_out=True if first.fan_in_fan_out else None)
+    turned = first.fan_in_fan_out or name in first.embeddings
+    layer = model.layer(name, fan_in_fan_out=turned or None)
     shape = first.layers[name].shape
     if layer.shape != shape:
         raise CheckpointError(
