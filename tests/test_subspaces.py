@@ -343,6 +343,10 @@ def test_inflora_where_little_of_the_inputs_is_free():
     form = subspaces.inflora((M, N), 2, second_moment=new.T @ new / 40, occupied=p)
     assert np.linalg.norm(form.down @ p.basis) <= 1e-15
     assert np.linalg.norm(form.down @ form.down.T - np.eye(2) / 3) <= 1e-3
+    # One direction has 1e-10 of the other one's part in the moment: its vector is found to 1e-6.
+    graded = gaussian(40, 2, seed=3) @ np.diag([1.0, 1e-5]) @ gaussian(2, N, seed=4)
+    form = subspaces.inflora((M, N), 2, second_moment=graded.T @ graded / 40, occupied=p)
+    assert np.linalg.norm(form.down @ p.basis) <= 1e-15
     with pytest.raises(ValueError, match="only 0 directions of the inputs are free"):
         subspaces.inflora((M, N), 1, second_moment=old.T @ old, occupied=p)
 
