@@ -241,6 +241,21 @@ def test_projectors_may_be_wider_than_adapters():
     assert p.grown(gaussian(N, 1, seed=4).astype(np.float32)).dtype == np.float64
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_projectors_in_single_precision_work_in_double(outside, xp):
+    v = xp.asarray(np.linalg.qr(gaussian(N, 5))[0].astype(np.float32))
+    p = Projector(v, outside)
+    double = p.astype(xp.asarray(np.ones(1)).dtype)
+    assert double.error <= 10 * eps(np.float64) < p.error
+    assert np.linalg.norm(wide(double.to_dense()) - wide(p.to_dense())) <= 10 * eps(np.float32)
+    removed = restricted(on(xp, adapter()), inputs=p.complement)
+    assert np.linalg.norm(dense(removed) @ wide(double.to_dense())) <= 1e-13
+    moment = xp.asarray(SecondMoment.of(gaussian(30, N)).mean)
+    form = subspaces.inflora((M, N), 2, second_moment=moment, occupied=p)
+    assert np.linalg.norm(wide(form.down) @ wide(double.to_dense())) <= 1e-15
+    assert p.grown(xp.asarray(gaussian(N, 2, seed=3))).error <= 10 * eps(np.float64)
+
+
 def test_other_forms_are_restricted_by_their_update():
     """Their ``up`` and ``down`` alone are not the update."""
     form = safe()

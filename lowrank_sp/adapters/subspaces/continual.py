@@ -116,7 +116,7 @@ def inflora(
     Returns
     -------
     FixedDown
-        Factors in the compute dtype of ``weight``.
+        Factors in the compute dtype of ``weight``, or of the moment where only a shape is given.
 
     Raises
     ------
@@ -138,6 +138,7 @@ def inflora(
             f"second_moment must have shape ({n}, {n}), got {tuple(second_moment.shape)}"
         )
     moment = as_compute(second_moment)
+    like = moment[:0, :0] if isinstance(weight, tuple) else like
     xp = namespace(moment)
     if occupied is None:
         empty = xp.zeros((n, 0), dtype=moment.dtype, device=device(moment))

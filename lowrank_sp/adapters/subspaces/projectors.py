@@ -132,10 +132,11 @@ class Projector(LinearOperator):
         return complement_basis(self.basis) if self.outside else self.basis
 
     def astype(self, dtype: Any) -> Projector:
-        """The projector with its basis in another dtype."""
+        """The projector in another dtype, with a basis that is orthonormal in it."""
         if self.basis.dtype == dtype:
             return self
-        return replace(self, basis=namespace(self.basis).astype(self.basis, dtype))
+        cast = namespace(self.basis).astype(self.basis, dtype)
+        return replace(self, basis=orthonormalize(cast)[0])
 
     def grown(
         self, a: Any, *, rank: int | None = None, energy: float | None = None, rng: RNG = None
