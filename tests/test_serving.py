@@ -356,6 +356,14 @@ def test_shared_adapters_take_other_dtypes():
         shared.apply(np.ones((5, N + 1)), ids)
 
 
+def test_integers_are_not_rounded_to_integers():
+    x, ids = np.arange(2 * N).reshape(2, N), [0, 1]
+    for served in (AdapterBank.of(adapters()), jd_full(related(), rank=3).value):
+        found = served.apply(x, ids)
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, served.apply(x.astype(float), ids))
+
+
 def test_clusters_are_found():
     groups = [related(6, common=3, noise=0.0, seed=s) for s in (0, 300, 600)]
     pairs = [p for trio in zip(*groups, strict=True) for p in trio]

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from lowrank_sp._arrays import to_host
 from lowrank_sp.adapters import InputPCA, MeanGradient, SecondMoment
-from lowrank_sp.adapters.statistics import pack, peak_scaled, unpack
+from lowrank_sp.adapters.statistics import MeanSquare, pack, peak_scaled, unpack
 
 N, SAMPLES = 12, 90
 EPS = np.finfo(float).eps
@@ -270,6 +270,25 @@ def test_peak_scaled():
     np.testing.assert_array_equal(peak_scaled(0 * x), 0 * x)
 
 
+def test_statistics_of_two_libraries_do_not_add():
+    with pytest.raises(TypeError, match="one array library"):
+        SecondMoment.of(np.ones((2, 3))).update(torch.ones(2, 3))
+
+
+def test_shares_of_tiny_inputs():
+    x = np.array([[1.0, 0.0], [3.0, 0.1], [5.0, 0.0]], np.float32)
+    known, tiny = (InputPCA.of(np.float32(size) * x, 2, rng=0) for size in (1.0, 1e-25))
+    np.testing.assert_allclose(tiny.explained, known.explained, rtol=1e-3)
+
+
+def test_many_samples_are_counted():
+    statistic = MeanSquare(np.ones(3), 3 * 10**9)
+    assert MeanSquare.from_arrays(statistic.arrays()).count == 3 * 10**9
+
+
+PCA = InputPCA.of(np.eye(3), 2)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -281,6 +300,8 @@ def test_peak_scaled():
         (lambda: SecondMoment.of(np.ones((2, 3))).update(np.ones((2, 4))), "of one layer"),
         (lambda: InputPCA.of(np.ones((2, 3)), 1).update(np.ones((2, 4))), "3 entries, got 4"),
         (lambda: InputPCA.of(np.ones((2, 3)), 0), "rank must be at least 1, got 0"),
+        (lambda: MeanGradient.of(np.ones((2, 3)), 0), "count must be at least 1, got 0"),
+        (lambda: PCA.settled(PCA, 0), "rank must be at least 1, got 0"),
     ],
 )
 def test_refusals(call, text):

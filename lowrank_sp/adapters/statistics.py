@@ -45,6 +45,7 @@ class _Mean:
                 f"statistics must be of one layer, got shapes {tuple(self.mean.shape)} and "
                 f"{tuple(other.mean.shape)}"
             )
+        namespace(self.mean, other.mean)
         total = self.count + other.count
         if total == 0:
             return self
@@ -187,6 +188,8 @@ class MeanGradient(_Mean):
 
     @classmethod
     def _seen(cls, gradient: Array, count: int) -> MeanGradient:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}; it is the weight of a batch")
         if gradient.ndim != 2:
             raise ValueError(f"a gradient must be a matrix, got shape {tuple(gradient.shape)}")
         if not math.isfinite(max_abs(gradient)):
@@ -287,7 +290,7 @@ class InputPCA:
     @property
     def explained(self) -> Array:
         """Share of every direction in the variance of the inputs, shape ``(k,)``."""
-        return self.values**2 / (self.energy or 1.0)
+        return (self.values / (self.energy or 1.0) ** 0.5) ** 2
 
     def cosines(self, earlier: InputPCA) -> Array:
         """``|<v_i, v'_i>|`` of the directions now and earlier in the stream."""
@@ -298,6 +301,8 @@ class InputPCA:
 
     def settled(self, earlier: InputPCA, rank: int, *, cosine: float = 0.99) -> bool:
         """Whether the first ``rank`` directions have turned by less than ``arccos(cosine)``."""
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
         cosines = self.cosines(earlier)[:rank]
         return cosines.shape[0] == rank and float(namespace(cosines).min(cosines)) >= cosine
 
@@ -427,4 +432,4 @@ def _in_row_order(a: Array) -> Array:
 
 def _count(count: int, like: Array) -> Array:
     xp = namespace(like)
-    return xp.asarray(count, dtype=xp.int32, device=device(like))
+    return xp.asarray(count, dtype=xp.int32 if count < 2**31 else xp.int64, device=device(like))

@@ -13,7 +13,15 @@ import numpy as np
 from lowrank_sp._arrays import Array, compute_dtype, device, is_array, namespace
 from lowrank_sp.adapters._products import check_alike, products_of
 from lowrank_sp.adapters.forms import Product
-from lowrank_sp.adapters.serving.rows import Part, assembled, decoded, host_ids, segments, take
+from lowrank_sp.adapters.serving.rows import (
+    Part,
+    assembled,
+    decoded,
+    host_ids,
+    in_dtype_of,
+    segments,
+    take,
+)
 
 # Where rows of a segment and of its product have no more numbers than this, copies into tiles cost
 # less on a CPU than products one by one (measured, docs/serving.md).
@@ -143,8 +151,8 @@ class AdapterBank:
         Returns
         -------
         array, shape (T, ..., m)
-            Of the dtype of ``x``, computed in at least float32. PyTorch can differentiate it, where
-            the bank is not quantized.
+            Of the dtype of ``x``, if floating, computed in at least float32. PyTorch can
+            differentiate it, where the bank is not quantized.
 
         Raises
         ------
@@ -169,7 +177,7 @@ class AdapterBank:
         rows = xp.reshape(x, (x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]))
         shape = (*rows.shape[:2], self.shape[0])
         y = assembled(self._parts(rows, found, dtype), shape, rows, dtype)
-        return xp.astype(xp.reshape(y, (*x.shape[:-1], shape[-1])), x.dtype, copy=False)
+        return in_dtype_of(x, xp.reshape(y, (*x.shape[:-1], shape[-1])))
 
     def _parts(self, x: Array, ids: np.ndarray, dtype: Any) -> Iterator[Part]:
         """Products of the rows of one adapter, or of one rank, with where they belong."""

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_sp._arrays import Array, device, is_array, namespace, to_host
+from lowrank_sp._arrays import (
+    Array,
+    device,
+    is_array,
+    is_complex,
+    is_inexact,
+    namespace,
+    to_host,
+)
 from lowrank_sp.adapters.quantize import Quantized
 
 #: Positions of rows in the batch, and their products.
@@ -28,6 +36,12 @@ def host_ids(ids: Any, length: int, adapters: int) -> np.ndarray:
         wrong = low if low < -1 else high
         raise ValueError(f"ids must be in 0..{adapters - 1}, or -1 for no adapter, got {wrong}")
     return found.astype(int)
+
+
+def in_dtype_of(x: Array, y: Array) -> Array:
+    """``y`` in the dtype of ``x``, where that can hold it: integers and real numbers may not."""
+    fits = is_inexact(x.dtype) and is_complex(x.dtype) >= is_complex(y.dtype)
+    return namespace(x).astype(y, x.dtype, copy=False) if fits else y
 
 
 def segments(ids: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_sp._arrays import Array, device, from_host, namespace, to_host
 from lowrank_sp.adapters._products import check_alike, products_of
-from lowrank_sp.adapters.serving.rows import assembled, host_ids, segments, take
+from lowrank_sp.adapters.serving.rows import assembled, host_ids, in_dtype_of, segments, take
 from lowrank_sp.factors import LowRank
 from lowrank_sp.tensors.alternating import moved
 from lowrank_sp.tensors.cp import CP
@@ -95,8 +95,9 @@ class SharedAdapters:
         Returns
         -------
         array, shape (T, m)
-            Of the dtype of ``x``. One product of all rows of a cluster with each basis, and of
-            every row with its core: ``2 (m + n) k + 2 k^2`` flops a row, one read of the bases.
+            Of the dtype of ``x``, if floating. One product of all rows of a cluster with each
+            basis, and of every row with its core: ``2 (m + n) k + 2 k^2`` flops a row, one read of
+            the bases.
         """
         xp = namespace(x, self.left)
         if x.ndim != 2 or x.shape[1] != self.shape[1]:
@@ -117,7 +118,7 @@ class SharedAdapters:
 
         parts = ((order[a:b], part(c, order[a:b])) for c, a, b in same)
         y = assembled(parts, (x.shape[0], self.shape[0]), rows, dtype)
-        return xp.astype(y, x.dtype, copy=False)
+        return in_dtype_of(x, y)
 
 
 class Stack(NamedTuple):
