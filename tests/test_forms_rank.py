@@ -480,6 +480,7 @@ REFUSED = {
         "must not be NaN",
     ),
     "alpha": (lambda: forms.BlockGrid.create((4, 4), 2, blocks=2, alpha=0), ValueError, "alpha"),
+    "no square": (lambda: forms.RotatedSquare.create((1, 1), 1), ValueError, r"must be in 1\.\.1"),
     "narrow": (
         lambda: forms.KhatriRao(np.ones((4, 2)), np.ones((4, 2)), (4, 6)),
         ValueError,
@@ -487,6 +488,13 @@ REFUSED = {
     ),
     "frequency": (lambda: forms.Sine.create((4, 4), 1, frequency=0.0), ValueError, "frequency"),
 }
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1)])
+def test_a_random_basis_of_a_single_number(shape):
+    form = forms.RandomSum.create(shape, 1, rng=0)
+    assert all(np.isfinite(a).all() for a in form.arrays().values())
+    assert abs(form.small).max() > 0
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -186,9 +186,9 @@ def _side(weight: Like, rank: int, *, even: bool = False) -> tuple[tuple[int, in
     (m, n), like, _ = factor_scale(weight, rank, None)
     q = int(math.sqrt((m + n) * rank) + 0.5)
     q = q - q % 2 if even else q
-    if q > min(m, n):
+    if not 0 < q <= min(m, n):
         raise ValueError(
-            f"rank {rank} gives a square of size {q}, more than the smaller side of {m} x {n}; "
-            f"take at most rank {min(m, n) ** 2 // (m + n)}"
+            f"rank {rank} gives a square of size {q}, which must be in 1..{min(m, n)} for a weight "
+            f"of {m} x {n}; take at most rank {min(m, n) ** 2 // (m + n)}, or plain factors"
         )
     return (m, n), like, q

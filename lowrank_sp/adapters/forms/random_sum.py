@@ -188,6 +188,7 @@ def random_basis(weight: Like, rank: int, *, rng: RNG = None) -> Basis:
 
     def drawn(*size: int) -> Array:
         x = generator.uniform(-1, 1, size)
-        return from_host(x / np.std(x), like, like.dtype)
+        # A single number has no variance.
+        return from_host(x / (np.std(x) or np.max(np.abs(x))), like, like.dtype)
 
     return drawn(rank, k), drawn(longer, -(-k // rank), rank)
