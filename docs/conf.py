@@ -61,25 +61,8 @@ html_title = "lowrank_sp"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_show_sourcelink = False
-html_sidebars = {
-    "index": [],
-    "quickstart": [],
-    "which-svd": [],
-    "updates": [],
-    "train": [],
-    "pretraining": [],
-    "completion": [],
-    "sensing": [],
-    "robust": [],
-    "denoise": [],
-    "tensors": [],
-    "architecture": [],
-    "cli": [],
-    "benchmarks": [],
-    "references": [],
-    "changelog": [],
-    "gallery/*": [],
-}
+# Navigation at the side is for the reference, whose pages have sections.
+html_sidebars = {"*": [], "gallery/*": []}
 html_theme_options = {
     "navbar_align": "left",
     "navbar_persistent": ["search-button"],
