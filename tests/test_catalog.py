@@ -117,6 +117,12 @@ def test_alpha_is_scaled_as_the_row_says(row):
     assert form.scale == pytest.approx(times * row.scale.of(6.0, R))
 
 
+def test_layers_of_cara_start_from_a_normal_distribution():
+    factor = variant("cara").start([(8, 6)] * 900, 4, rng=0).form.factors[0]
+    assert abs(np.std(factor) / np.sqrt(2 / 904) - 1) < 0.1
+    assert np.linalg.norm(factor.T @ factor - np.eye(4)) > 1
+
+
 def test_arguments_that_a_row_cannot_use_are_refused():
     with pytest.raises(ValueError, match="SVDiff has no use for rank"):
         variant("svdiff").start(WEIGHTS[0], 2)

@@ -340,3 +340,9 @@ def test_wrong_shapes_of_layers_are_refused(case):
             type(form)(**vars(wrong))
     assert len(case.shapes) == form.num_layers
     assert case.shapes[0] in (*ATTENTION, *MLP, *PAIRS.shapes)
+
+
+def test_generated_factors_of_a_negative_scale():
+    plus, minus = (forms.GeneratedFactors.create((6, 4), 2, scale=s, rng=0) for s in (2.0, -2.0))
+    assert minus.delta().dtype == np.float64
+    np.testing.assert_array_equal(minus.delta().to_dense(), -plus.delta().to_dense())

@@ -9,7 +9,8 @@ from peft.tuners import lora
 from torch import nn
 from transformers import GPT2Config, GPT2Model
 
-from lowrank_sp.torch import ParameterPair, lora_pairs
+from lowrank_sp.adapters.forms import Product
+from lowrank_sp.torch import ParameterPair, attach_forms, lora_pairs
 
 
 class Model(nn.Module):
@@ -120,6 +121,12 @@ def test_modules_of_our_own():
     ]
     model[0].requires_grad_(False)
     assert [p.name for p in lora_pairs(model)] == ["2"]
+
+
+def test_a_scale_of_zero_is_zero():
+    model = nn.Sequential(nn.Linear(6, 4))
+    attach_forms(model, {"0": Product(torch.ones(4, 2), torch.ones(2, 6), 0.0)})
+    assert [pair.scale for pair in lora_pairs(model)] == [0.0]
 
 
 def test_model_without_a_pair():

@@ -54,6 +54,7 @@ LAYERS = [
         trainable="r * (m + n + L)",
         rank_bound="r",
         scale=Scale.DIRECT,
+        options={"normal_axes": (0,)},
     ),
     Variant(
         "MetaTT-4D",

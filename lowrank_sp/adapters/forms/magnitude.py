@@ -5,7 +5,8 @@ The lengths are computed from the factors, as in
 .. math:: \lVert w_i + s\, b_i A \rVert^2 =
           \lVert w_i \rVert^2 + \langle s\, b_i,\; 2\, w_i A^T + s\, b_i\, A A^T \rangle
 
-so that no matrix of the size of the weight is formed for them.
+so that no matrix of the size of the weight is formed for them. Where the product takes away nearly
+all of a row, the square has an error of the rounding of :math:`\lVert w_i \rVert^2`.
 """
 
 from __future__ import annotations

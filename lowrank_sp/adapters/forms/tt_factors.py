@@ -215,10 +215,10 @@ class GeneratedFactors(Form):
         """``B`` and ``A`` with the scale."""
         m, n = self.size
         xp = namespace(self.latent)
-        flat = TTMatrix(self.cores).matmul(self.latent[:, None])[:, 0] * self.scale**0.5
+        flat = TTMatrix(self.cores).matmul(self.latent[:, None])[:, 0]
         rank = flat.shape[0] // (m + n)
         down = xp.reshape(flat[: n * rank], (n, rank)).mT
-        return xp.reshape(flat[n * rank :], (rank, m)).mT, down
+        return xp.reshape(flat[n * rank :], (rank, m)).mT * self.scale, down
 
     def delta(self) -> LowRank:
         return LowRank(*self._factors())
