@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lowrank_sp._arrays import as_compute, dtype_name, to_host
 from lowrank_sp.adapters.forms import Product
-from lowrank_sp.adapters.pair import Pair
 from lowrank_sp.adapters.serving import AdapterBank
 from lowrank_sp.checkpoint.adapter import Adapter, check_same_base
 from lowrank_sp.checkpoint.output import atomic_directory
@@ -100,7 +99,7 @@ def write_bank(
     return {name: Path(path) / name for name in wanted}
 
 
-def _on_disk(pair: Pair) -> Product:
+def _on_disk(pair: Product) -> Product:
     # NumPy has no bfloat16.
     up, down = (
         as_compute(f) if dtype_name(f.dtype) == "bfloat16" else f for f in (pair.up, pair.down)
