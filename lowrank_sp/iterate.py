@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from lowrank_sp._arrays import eps
@@ -72,7 +72,7 @@ class Solution:
     converged: bool | None
     reason: str
     n_iter: int
-    history: tuple[Record, ...]
+    history: tuple[Record, ...] = field(repr=False)
 
 
 def iterate(
