@@ -480,6 +480,11 @@ REFUSED = {
         "must not be NaN",
     ),
     "alpha": (lambda: forms.BlockGrid.create((4, 4), 2, blocks=2, alpha=0), ValueError, "alpha"),
+    "no matrix": (
+        lambda: forms.KroneckerProduct.create(np.ones((2, 4, 4)), 1),
+        ValueError,
+        r"must be a matrix, got shape \(2, 4, 4\)",
+    ),
     "no square": (lambda: forms.RotatedSquare.create((1, 1), 1), ValueError, r"must be in 1\.\.1"),
     "narrow": (
         lambda: forms.KhatriRao(np.ones((4, 2)), np.ones((4, 2)), (4, 6)),

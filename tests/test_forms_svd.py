@@ -630,3 +630,9 @@ def test_products_are_applied_without_the_matrix():
         y = form.apply(x)
         assert y.shape == (1, m)
         near(y, (form.delta() @ x.T).T, m)
+
+
+@pytest.mark.parametrize("form", [forms.RowMagnitude, forms.BothMagnitudes])
+def test_magnitudes_are_those_of_real_weights(form):
+    with pytest.raises(TypeError, match=r"weight must be real.*got complex128; take a form"):
+        form.create(np.ones((3, 4), np.complex128), 1)

@@ -10,7 +10,13 @@ from typing import Literal, Self
 import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, device, namespace
-from lowrank_sp.adapters.forms._draws import Like, factor_scale, kaiming_uniform, zeros
+from lowrank_sp.adapters.forms._draws import (
+    Like,
+    factor_scale,
+    kaiming_uniform,
+    template,
+    zeros,
+)
 from lowrank_sp.adapters.forms._form import Form, Start, check_weight
 from lowrank_sp.adapters.forms._parts import Trained
 from lowrank_sp.factors import LowRank
@@ -270,7 +276,7 @@ def factorization(size: int, factor: int = -1) -> Pair:
 
 
 def _sides(weight: Like, factor: int) -> tuple[Pair, Pair]:
-    m, n = weight if isinstance(weight, tuple) else weight.shape
+    (m, n), _ = template(weight)
     return factorization(m, factor), factorization(n, factor)
 
 

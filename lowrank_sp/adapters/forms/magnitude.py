@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from lowrank_sp._arrays import RNG, Array, as_compute, detached, namespace
+from lowrank_sp._arrays import RNG, Array, as_compute, detached, dtype_name, is_complex, namespace
 from lowrank_sp.adapters.forms._form import Form, Product, Start, check_weight
 from lowrank_sp.adapters.forms._parts import Trained, Weight
 from lowrank_sp.adapters.initializers._start import Initialization
@@ -78,7 +78,7 @@ class RowMagnitude(Form):
         rng: RNG = None,
     ) -> Self:
         """Factors of plain LoRA, and the lengths that the rows have."""
-        inner = Product.create(check_weight(weight, cls.__name__), rank, alpha=alpha, rng=rng)
+        inner = Product.create(_real(weight, cls.__name__), rank, alpha=alpha, rng=rng)
         return cls._of(weight, inner.up, inner.down, inner.scale, through_norm)
 
     @classmethod
@@ -88,7 +88,9 @@ class RowMagnitude(Form):
         At :func:`~lowrank_sp.adapters.initializers.pissa` this is DuDe :cite:p:`han2025dude`, and
         the layer starts at its weight.
         """
-        form = cls._of(start.residual, start.up, start.down, start.scale, through_norm)
+        form = cls._of(
+            _real(start.residual, cls.__name__), start.up, start.down, start.scale, through_norm
+        )
         return Start(form, start.residual)
 
     @classmethod
@@ -171,7 +173,7 @@ class BothMagnitudes(Form):
         rng: RNG = None,
     ) -> Self:
         """Factors of plain LoRA, and the lengths that the rows and columns have."""
-        inner = Product.create(check_weight(weight, cls.__name__), rank, alpha=alpha, rng=rng)
+        inner = Product.create(_real(weight, cls.__name__), rank, alpha=alpha, rng=rng)
         weight = as_compute(weight)
         rows = detached(_row_squares(weight, inner.up, inner.down, inner.scale) ** 0.5)
         columns = _row_squares(weight.mT, inner.down.mT, inner.up.mT, inner.scale) ** 0.5
@@ -204,6 +206,15 @@ class BothMagnitudes(Form):
         outer = (left if self.through_norm else detached(left))[:, None]
         squares = _row_squares((outer * self.weight).mT, down.mT, (outer * up).mT, self.scale)
         return left, _over_length(self.columns, squares)
+
+
+def _real(weight: Array, form: str) -> Array:
+    if is_complex(check_weight(weight, form).dtype):
+        raise TypeError(
+            f"weight must be real for {form}, got {dtype_name(weight.dtype)}; take a form without "
+            "magnitudes"
+        )
+    return weight
 
 
 def _row_squares(weight: Array, up: Array, down: Array, scale: float) -> Array:
