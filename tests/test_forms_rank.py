@@ -495,6 +495,14 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_chain_of_links_in_half_precision_is_in_single(dtype):
+    form = forms.Product(torch.ones(4, 1, dtype=dtype), torch.ones(1, 3, dtype=dtype), 0.3)
+    chain = forms.merge_and_restart(form, rng=0)
+    assert {a.dtype for a in chain.arrays().values()} == {torch.float32}
+    np.testing.assert_allclose(chain.delta().to_dense().numpy(), 0.3, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1)])
 def test_a_random_basis_of_a_single_number(shape):
     form = forms.RandomSum.create(shape, 1, rng=0)

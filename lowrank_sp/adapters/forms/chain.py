@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from lowrank_sp._arrays import RNG, Array, namespace
+from lowrank_sp._arrays import RNG, Array, as_compute, namespace
 from lowrank_sp.adapters.forms._draws import Like, kaiming_uniform, zeros
 from lowrank_sp.adapters.forms._form import Form, Product
 from lowrank_sp.adapters.forms._parts import Fixed, Trained
@@ -104,13 +104,14 @@ def merge_and_restart(
     Returns
     -------
     Chain
-        With the update of ``form``.
+        With the update of ``form``, in at least single precision.
 
     Notes
     -----
     The state of the optimizer belongs to the old product and goes with it: moments that are kept
     push the new one along old directions. ReLoRA warms the learning rate up again as well.
     """
+    form = form.replace({name: as_compute(a) for name, a in form.arrays().items()})
     m, n = form.shape
     r = check_rank(form.up.shape[1] if rank is None else rank, min(m, n), (m, n))
     up, down = zeros((m, r), form.up), kaiming_uniform((r, n), form.up, rng)
