@@ -135,7 +135,7 @@ class Arrays(nn.Module, Generic[AnyForm]):
         """Products of two factors of its own: the name of ``up``, both factors, and the scale."""
         for up, down in getattr(self.kind, "products", ()):
             if up not in self._links and down not in self._links:
-                scale = float(self._static.get("scale", 1.0))
+                scale = float(cast(float, self._static.get("scale", 1.0)))
                 yield up, getattr(self, up), getattr(self, down), scale
 
     def _array(self, name: str, device: torch.device | None) -> Tensor:
