@@ -20,6 +20,8 @@ DATA = {
     "second_moment": INPUTS.T @ INPUTS / len(INPUTS),
     "components": np.linalg.svd(INPUTS - INPUTS.mean(axis=0), full_matrices=False)[2],
 }
+#: Options at which a row is tried, where its own are too large for a small layer.
+OPTIONS = {"LoRETTA": {"bond": 2}}
 #: Rows whose size the weight determines.
 WITHOUT_RANK = {"SVDiff", "SVFT", "KRAdapter", "QuanTA"}
 
@@ -42,6 +44,7 @@ def start_of(row, asarray=np.asarray, seed=0):
         None if row.name in WITHOUT_RANK else R,
         rng=seed,
         grid=grid_of(row),
+        options=OPTIONS.get(row.name),
         **data,
     )
 
@@ -53,7 +56,7 @@ def evaluated(expression, row, form):
     known |= {"L": LAYERS if row.axes else COUNT}
     known |= {"N": factorized(N, 3), "M": factorized(M, 3), "D": factorized(M, 3)}
     known |= {"R": factorized(R * (M + N), 4)}
-    return eval(expression, {}, known | row.options)
+    return eval(expression, {}, known | row.options | OPTIONS.get(row.name, {}))
 
 
 ROWS = list(CATALOG.values())

@@ -17,7 +17,7 @@ from lowrank_sp.updates import Pair
 DOCS = Path(__file__).parents[1] / "docs"
 rows = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 #: Starts that leave the layer, as published.
-MOVED = {"KaSA", "LoRA-One", "LoRA-SB", "StelLA", "SVFT", "LoftQ", "QPiSSA"}
+MOVED = {"KaSA", "SLTrain", "LoRA-One", "LoRA-SB", "StelLA", "SVFT", "LoftQ", "QPiSSA"}
 MOVED |= {"TT-LoRA", "TT-LoRA, interleaved", "LoRETTA", "TensorGuide", "LoRA-XS"}
 
 
@@ -136,6 +136,8 @@ def test_arguments_that_a_row_cannot_use_are_refused():
         variant("lora-ga").start(WEIGHTS[0], 2, components=WEIGHTS[0], gradient=WEIGHTS[0])
     with pytest.raises(ValueError, match="MetaTT-4D needs grid with the axes layer, type"):
         variant("metatt-4d").start(WEIGHTS, 2)
+    with pytest.raises(ValueError, match="LoRETTA has the options bond, got order"):
+        variant("loretta").start(WEIGHTS[0], 2, options={"order": 2})
     with pytest.raises(ValueError, match="did you mean one of"):
         variant("lorra")
 

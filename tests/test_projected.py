@@ -179,7 +179,7 @@ def test_subspace_of_zero_and_of_bad_matrices():
 
 
 def test_block_krylov_from_a_start():
-    a, _ = spectrum(SPECTRA["small gap"])
+    a = spectrum(SPECTRA["small gap"])[0].T
     operator, v = as_operator(a), np.linalg.svd(a)[2][:6].T
     options = {"tol": 1e-6, "width": 10}
     cold = block_krylov(operator, lambda _: 6, rng=np.random.default_rng(0), **options)
@@ -195,6 +195,8 @@ def test_block_krylov_from_a_start():
     )
     assert found.converged
     assert np.all(abs(found.svd.s - SPECTRA["small gap"][:6]) <= found.svd.bounds)
+    with pytest.raises(ValueError, match="shorter side"):
+        block_krylov(as_operator(a.T), lambda _: 6, rng=np.random.default_rng(0), init=v, **options)
 
 
 # Moments that turn

@@ -183,6 +183,11 @@ def block_krylov(
     """
     m, n = a.shape
     width = min(width or a.block_columns, m, n)
+    if init is not None and n > m:
+        raise ValueError(
+            f"init must lie on the shorter side of a matrix, got shape {m} x {n}; "
+            "pass the adjoint and left singular vectors"
+        )
     given = 0 if init is None else init.shape[1]
     basis, scaled, factor = start(a, max(1, width - given), rng)
     if init is not None and basis.size > 0:

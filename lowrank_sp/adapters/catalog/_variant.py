@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -112,6 +112,7 @@ class Variant:
         second_moment: Any = None,
         gradient: Any = None,
         grid: LayerGrid | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Start | LayeredStart:
         """The form at its published start, and the base weight that belongs to it.
 
@@ -128,6 +129,8 @@ class Variant:
             :mod:`~lowrank_sp.adapters.statistics` gathers it.
         grid : LayerGrid, optional
             Where the weights stand on the :attr:`axes`, if there are any.
+        options : mapping, optional
+            Other values of :attr:`options`.
 
         Raises
         ------
@@ -148,7 +151,12 @@ class Variant:
         ...
         ValueError: KRAdapter has no use for rank, got 2; leave it out
         """
-        arguments = dict(self.options)
+        if unknown := sorted(set(options or {}) - set(self.options)):
+            raise ValueError(
+                f"{self.name} has the options {', '.join(self.options) or 'none'}, "
+                f"got {', '.join(unknown)}"
+            )
+        arguments = self.options | dict(options or {})
         self._add(arguments, "rank", rank, wanted=self.takes("rank"))
         if alpha is not None:
             self._add(arguments, "alpha", alpha, wanted=self.scale is not Scale.NONE)

@@ -153,7 +153,7 @@ LAYERS = [
         forms.TrainFactors.create,
         trainable="2 * bond * r + bond * (N[0] + M[-1]) + bond**2 * (sum(N[1:]) + sum(M[:-1]))",
         rank_bound="min(r, bond)",
-        options={"bond": 2},
+        options={"bond": 5},
     ),
     Variant(
         "TensorGuide",

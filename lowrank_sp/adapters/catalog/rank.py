@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowrank_sp._arrays import RNG, Array
+import numpy as np
+
+from lowrank_sp._arrays import RNG, Array, namespace
 from lowrank_sp.adapters import forms
 from lowrank_sp.adapters.catalog._variant import Axis, Scale, Variant
-from lowrank_sp.adapters.forms import Chain, Product, ProductPlusSparse, largest_places
+from lowrank_sp.adapters.forms import Chain, Product, ProductPlusSparse, Start, largest_places
 from lowrank_sp.updates import random_support
 
 
@@ -19,9 +21,12 @@ def _delta(
 
 def _sltrain(
     weight: Array, rank: int, *, density: float, alpha: float | None = None, rng: RNG = None
-) -> ProductPlusSparse:
-    places = random_support(weight.shape, density, like=weight, rng=rng)
-    return ProductPlusSparse.create(weight, rank, places=places, alpha=alpha, rng=rng)
+) -> Start:
+    generator = np.random.default_rng(rng)
+    places = random_support(weight.shape, density, like=weight, rng=generator)
+    form = ProductPlusSparse.create_values(weight, rank, places=places, alpha=alpha, rng=generator)
+    # It is trained from nothing, in the place of the weight.
+    return Start(form, namespace(weight).zeros_like(weight))
 
 
 def _rosa(

@@ -163,7 +163,8 @@ class Product(Form):
         return min(*self.up.shape, *self.down.shape)
 
     def delta(self) -> LowRank:
-        return self.scale * LowRank(self.up, self.down)
+        # The scale would be rounded with the factors in half precision.
+        return self.scale * LowRank(as_compute(self.up), as_compute(self.down))
 
     def apply(self, x: Array) -> Array:
         return ((x @ self.down.mT) * self.scale) @ self.up.mT
