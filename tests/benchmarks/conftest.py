@@ -69,3 +69,8 @@ class Problem:
 @pytest.fixture(scope="module")
 def problem(request):
     return Problem(request.param, 16)
+
+
+def pytest_xdist_auto_num_workers(config):  # noqa: ARG001
+    """One process, where benchmarks are what is asked for: others would share its cores."""
+    return 0
