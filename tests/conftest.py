@@ -26,6 +26,13 @@ def threads():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """Gigabytes of functions that JAX has compiled, which no other module calls."""
+    yield
+    jax.clear_caches()
+
+
 @dataclass(frozen=True)
 class Backend:
     """An array library: ``asarray`` brings a NumPy array there, ``host`` brings it back."""
