@@ -33,7 +33,7 @@ def variant(name: str) -> Variant:
     >>> variant("Dorra")
     Traceback (most recent call last):
     ...
-    ValueError: no variant is called 'Dorra'; did you mean one of DoRA, LoRA, AdaLoRA?
+    ValueError: no variant is called 'Dorra'; did you mean one of DoRA, NoRA, LoRA?
     """
     known = {key.lower(): row for key, row in CATALOG.items()}
     found = known.get(name.lower())
