@@ -1,5 +1,8 @@
 """Matrices on which singular value decompositions go wrong, at small sizes."""
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import numpy as np
 
 M, N = 160, 120
@@ -23,6 +26,11 @@ SPECTRA = {
     "scale 1e18": 1e18 / J,
     "scale 1e-18": 1e-18 / J,
 }
+
+
+def processes(count):
+    """Workers that are new interpreters: a fork of one in which JAX runs may hang."""
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
 
 
 def orthonormal(m, k, rng, complex_=False):

@@ -5,13 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import processes
 from safetensors.numpy import load_file, save_file
 
 from lowrank_sp import checkpoint
@@ -215,7 +216,7 @@ def test_verify_reads_only_the_layers_of_the_report(tmp_path):
     assert verify(tmp_path / "out", source).passed
 
 
-@pytest.mark.parametrize("pool", [ThreadPoolExecutor, ProcessPoolExecutor])
+@pytest.mark.parametrize("pool", [ThreadPoolExecutor, processes])
 def test_executor_does_not_change_the_result(pool, model, tmp_path):
     seen = []
     initialize(model, "pissa", tmp_path / "one", rank=4, progress=lambda *row: seen.append(row))

@@ -2,14 +2,14 @@
 
 import json
 import tracemalloc
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from cases import gaussian
+from cases import gaussian, processes
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -329,7 +329,7 @@ def test_bases_decide_who_is_merged(adapters, tmp_path):
     checkpoint.merge(paths | {"other": moved}, tmp_path / "two", method="cat")
 
 
-@pytest.mark.parametrize("pool", [ThreadPoolExecutor, ProcessPoolExecutor])
+@pytest.mark.parametrize("pool", [ThreadPoolExecutor, processes])
 def test_executor_does_not_change_the_result(pool, adapters, tmp_path):
     options, seen = {"method": "dare", "density": 0.5, "rank": 2}, []
     one = checkpoint.merge(
