@@ -62,6 +62,8 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if (self.path / "adapter_config.json").exists():
+            raise CheckpointError(f"{self.path}: an adapter, not a model; pass the base model")
         self.files = self._weight_files()
         self.tensors: dict[str, Tensor] = {}
         for file in self.files:

@@ -79,7 +79,10 @@ class Report:
             if any(len(row.shape) != 2 for row in layers):
                 raise TypeError("a shape has two numbers")
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a readable report ({error})") from error
+            raise CheckpointError(
+                f"{path}: not a readable report of initializations, the only kind that can be "
+                f"verified ({error})"
+            ) from error
         return report
 
 

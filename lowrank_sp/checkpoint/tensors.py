@@ -31,6 +31,10 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     CheckpointError
         If the file is missing, or holds anything else.
     """
+    if not path.exists():
+        inside = sorted(path.parent.glob(f"*/{path.name}"))
+        hint = f"did you mean {inside[0].parent}" if inside else "is it the right directory"
+        raise CheckpointError(f"{path}: there is no such {what}; {hint}?")
     try:
         return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
