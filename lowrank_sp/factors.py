@@ -20,7 +20,7 @@ from lowrank_sp._arrays import (
     namespace,
     scalar,
 )
-from lowrank_sp.gauge import fix_signs, thin_qr, thin_svd
+from lowrank_sp.gauge import fix_signs, thin_svd
 from lowrank_sp.operators import LinearOperator
 
 
@@ -67,8 +67,9 @@ class Factored(LinearOperator):
         """Frobenius norm: from the triangular factors of both sides, so that a difference of
         nearly equal matrices keeps its digits. ``O((m + n) r^2)``.
         """  # noqa: D205
+        xp = namespace(self.like)
         left, right = map(as_compute, self.factors())
-        core = thin_qr(left)[1] @ adjoint(thin_qr(adjoint(right))[1])
+        core = xp.linalg.qr(left)[1] @ adjoint(xp.linalg.qr(adjoint(right))[1])
         return frobenius(core) if core.ndim == 2 else _norm(core)[..., 0]
 
     def inner(self, other: Factored) -> Array:

@@ -10,10 +10,6 @@ differentiate through a canonical gauge.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
 from lowrank_sp._arrays import Array, adjoint, eps, is_complex, namespace
 
 
@@ -84,24 +80,11 @@ def thin_svd(left: Array, right: Array) -> tuple[Array, Array, Array]:
     Returns ``u (..., m, k), s (..., k), vh (..., k, n)`` with ``k = min(m, n, r)`` and fixed signs.
     """
     xp = namespace(left, right)
-    q_left, r_left = thin_qr(left)
-    q_right, r_right = thin_qr(adjoint(right))
+    q_left, r_left = xp.linalg.qr(left)
+    q_right, r_right = xp.linalg.qr(adjoint(right))
     u, s, vh = xp.linalg.svd(r_left @ adjoint(r_right), full_matrices=False)
     u, vh = fix_signs(q_left @ u, vh @ adjoint(q_right))
     return u, s, vh
-
-
-def thin_qr(a: Array) -> tuple[Array, Array]:
-    """Thin QR factorization ``(q, r)`` in the precision of ``a``.
-
-    NumPy's own computes single precision in double, at four times the cost.
-    """
-    if type(a) is not np.ndarray or a.ndim != 2 or a.dtype.char not in "fF" or 0 in a.shape:
-        return namespace(a).linalg.qr(a)
-    from scipy.linalg import qr
-
-    factors: Any = qr(a, mode="economic", check_finite=False)
-    return factors
 
 
 def align(left: Array, right: Array, reference: Array) -> tuple[Array, Array]:
