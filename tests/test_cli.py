@@ -110,7 +110,7 @@ def test_verify_fails_with_its_exit_status(model, tmp_path):
             ("init", "pissa", "{model}", "--rank", 4, "--out", "out", "--patterns", "none.json"),
             "none.json",
         ),
-        (("verify", "missing", "--base", "{model}"), "missing/report.json: there is no such report"),
+        (("verify", "missing", "--base", "{model}"), "there is no such report"),
         (("inspect", "missing"), "no such file or directory"),
     ],
 )
