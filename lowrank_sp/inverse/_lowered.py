@@ -14,6 +14,8 @@ from lowrank_sp.operators import LinearOperator
 
 # Reads in a search for singular values beyond a level, which starts near them.
 _MOST_READS = 20
+# Random columns beside those of a matrix nearby.
+_GUARDS = 2
 
 
 def lowered(f: SVD, level: float) -> SVD:
@@ -45,15 +47,22 @@ def leading(
     *,
     tol: float,
     rng: RNG,
+    near: SVD | None = None,
     max_columns: int | None = None,
 ) -> SVD:
-    """:func:`~lowrank_sp.linalg.krylov.block_krylov` on the shorter side of an operator."""
+    """:func:`~lowrank_sp.linalg.krylov.block_krylov` on the shorter side of an operator.
+
+    It starts from the singular vectors of ``near``, a matrix nearby.
+    """
     tall = a.shape[0] >= a.shape[1]
+    start = None if near is None else adjoint(near.vh) if tall else near.u
     found = block_krylov(
         a if tall else a.mH,
         wanted,
         tol=tol,
         rng=np.random.default_rng(rng),
+        init=start,
+        width=None if start is None else start.shape[1] + _GUARDS,
         max_columns=max_columns,
     )
     return found.svd if tall else found.svd.mH

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowrank_sp._arrays import RNG, adjoint, frobenius
+from lowrank_sp._arrays import RNG, adjoint, eps, frobenius
 from lowrank_sp.factors import SVD, Factored, LowRank
+from lowrank_sp.inverse._lowered import leading
 from lowrank_sp.inverse.completion.problem import Callback, Problem, relative_change
 from lowrank_sp.inverse.entries import Entries
 from lowrank_sp.inverse.tangent import Space, added, inner
 from lowrank_sp.iterate import Solution, Stop
-from lowrank_sp.linalg.svd import truncated_svd
 from lowrank_sp.updates.tangent import Tangent
 
 # A direction this far from the gradient, by the cosine, is given up for the gradient.
 _COSINE = 0.1
 # Most halvings of a step.
 _HALVINGS = 20
+# Residual allowed in the singular vectors of an iterate, in units of what its entries miss.
+_EXACT = 1e-3
 
 
 class _State(NamedTuple):
@@ -141,12 +143,24 @@ def niht(
 
     def step(state: tuple[SVD, Entries]) -> tuple[tuple[SVD, Entries], float]:
         f, residual = state
+        old = residual.norm()
         projected = adjoint(residual.rmatmul(f.u))
         squares = frobenius(y.sampled(f.u, projected)) ** 2
         length = frobenius(projected) ** 2 / squares if squares else 0.0
-        f = truncated_svd(f + residual * length, problem.rank, rng=0)
-        new = _residual(y, f)
-        return (f, new), relative_change(new, residual, size)
+        for _ in range(_HALVINGS):
+            moved = leading(
+                f + residual * length,
+                lambda theta: problem.rank if len(theta) >= problem.rank else None,
+                tol=max(_EXACT * min(1.0, old / size), 10 * eps(y.dtype)),
+                rng=0,
+                near=f,
+            )
+            new = _residual(y, moved)
+            if new.norm() <= old:
+                return (moved, new), relative_change(new, residual, size)
+            length /= 2
+        # Rounding: no step along the gradient lowers the residual.
+        return state, 0.0
 
     f = problem.start(init, rng)
     return problem.solve(
