@@ -9,6 +9,7 @@ import pytest
 import torch
 from update_cases import gradients
 
+from lowrank_sp.adapters import int_symmetric
 from lowrank_sp.linalg.krylov import block_krylov
 from lowrank_sp.operators import as_operator
 from lowrank_sp.updates import (
@@ -24,10 +25,12 @@ from lowrank_sp.updates import (
     Gauge,
     GradientDescent,
     Growing,
+    Integers,
     Lazy,
     LoQT,
     Momentum,
     Plain,
+    QGaLore,
     conformance,
     jagged_cosine,
     leading_subspace,
@@ -37,6 +40,7 @@ from lowrank_sp.updates import (
     random_support,
     split_quantized,
 )
+from lowrank_sp.updates.integers import uniform_at
 from lowrank_sp.updates.projector import overlap, sketch
 
 EPS = np.finfo(np.float64).eps
@@ -53,7 +57,8 @@ RULES = {
     "GaLore, as published": GaLore(rank=3, lr=0.05, transport=False, when=Every(3)),
     "GaLore, momentum": GaLore(rank=3, lr=0.01, moments=Momentum(0.8), when=Every(3)),
     "GaLore, plain": GaLore(rank=3, lr=0.1, moments=PLAIN, weight_decay=0.1, when=Every(3)),
-    "Q-GaLore": GaLore(rank=3, lr=0.05, when=Lazy(2, similarity=0.1, patience=1)),
+    "Lazy": GaLore(rank=3, lr=0.05, when=Lazy(2, similarity=0.1, patience=1)),
+    "Q-GaLore": QGaLore(rank=3, lr=0.05, when=Lazy(2, similarity=0.1, patience=1)),
     "Lotus": GaLore(rank=3, lr=0.05, when=Displacement(2, least=0.9)),
     "Fira": Fira(rank=3, lr=0.05, when=Every(3)),
     "APOLLO": APOLLO(rank=3, lr=0.05, when=Every(3)),
@@ -230,6 +235,16 @@ def test_transport_by_a_rotation_keeps_norms(complex_):
 
 
 # The formulas, dense
+
+
+def basis_of(state):
+    """What a state keeps of the basis."""
+    return {name: x for name, x in state.items() if name.startswith("basis")}
+
+
+def on_grid(rule, w):
+    """A weight as the rule keeps it."""
+    return rule.weights.round(w.T).T if isinstance(rule, QGaLore) and len(w) < len(w.T) else w
 
 
 def target_of(shape, seed=0, complex_=False):
@@ -441,6 +456,136 @@ def test_quantized_cycle(shape):
     assert np.linalg.norm(new - w) <= 100 * EPS
 
 
+# Integers of a few bits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_integers_are_those_of_the_quantizer(bits, block, xp):
+    x = draw(6, 15)
+    x[1, :] = 0.0
+    kept = Integers(bits, block).encode(xp.asarray(x))
+    quantized = int_symmetric(x, bits, block=block)
+    found = xp.host(Integers(bits, block).decode(kept, 15))
+    # XLA multiplies by the reciprocal of a constant.
+    np.testing.assert_allclose(found, quantized.to_dense(), rtol=2 * EPS)
+    assert np.array_equal(xp.host(kept["scales"]), quantized.scales)
+    if 15 % block == 0:
+        assert np.array_equal(xp.host(kept["codes"]), quantized.codes)
+    # What is on the grid stays there.
+    again = Integers(bits, block).encode(xp.asarray(found))
+    assert np.array_equal(xp.host(again["codes"]), xp.host(kept["codes"]))
+    np.testing.assert_allclose(xp.host(again["scales"]), quantized.scales, rtol=2 * EPS)
+
+
+def test_integers_of_a_stack_are_those_of_each(xp):
+    x = draw(2, 3, 5, 10)
+    kept = Integers(4, 4).encode(xp.asarray(x))
+    for i in np.ndindex(2, 3):
+        one = Integers(4, 4).encode(x[i])
+        assert all(np.array_equal(xp.host(kept[name])[i], one[name]) for name in one)
+
+
+def test_rounding_by_noise_is_right_on_average():
+    x, kind = draw(8, 30), Integers(3, 10)
+    step = np.repeat(np.max(abs(x.reshape(8, 3, 10)), axis=-1) / 3, 10, axis=-1)
+    draws = [kind.round(x, noise=uniform_at(x.shape, k, like=x)) for k in range(4000)]
+    assert all(np.max(abs(y - x) / step) < 1 for y in draws)
+    # Five standard deviations of a mean of roundings, which are at most half a step.
+    assert np.max(abs(np.mean(draws, axis=0) - x) / step) < 5 * 0.5 / 4000**0.5
+    assert np.max(abs(kind.round(x) - x) / step) > 0.4
+    with pytest.raises(TypeError, match="real entries"):
+        kind.encode(x + 0j)
+
+
+def test_noise_is_uniform_and_follows_from_its_keys(xp):
+    like = xp.asarray(np.zeros((1, 1)))
+    keys = xp.asarray(np.arange(6, dtype=np.int32))
+    found = xp.host(uniform_at((120, 90), 7, keys, like=like))
+    assert found.shape == (6, 120, 90)
+    for k in range(6):
+        one = uniform_at((120, 90), 7, np.int32(k), like=np.zeros(1))
+        assert np.array_equal(one, found[k])
+    # Moments of the uniform distribution, and no correlation with neighbours in any direction.
+    u, count = found - 0.5, found.size
+    assert abs(np.mean(u)) < 5 / (12 * count) ** 0.5
+    assert abs(np.mean(u**2) - 1 / 12) < 5 * (1 / 180 / count) ** 0.5
+    for axis in range(3):
+        assert abs(np.mean(u * np.roll(u, 1, axis=axis))) < 5 / 12 / count**0.5
+    counts = np.histogram(found, 64, (0, 1))[0]
+    assert np.sum((counts - count / 64) ** 2) / (count / 64) < 64 + 5 * (2 * 64) ** 0.5
+    assert not np.array_equal(uniform_at((4, 4), 7, like=u), uniform_at((4, 4), 8, like=u))
+
+
+@pytest.mark.parametrize("shape", [(7, 10), (10, 7)], ids=str)
+def test_quantized_galore_is_its_formula(shape):
+    """GaLore on the rounded basis, dense, and every weight one of the two neighbours on a grid."""
+    rule = QGaLore(rank=3, lr=0.05, scale=1.0, when=Every(3))
+    target, left = draw(*shape), shape[0] < shape[1]
+    w, state = np.zeros(shape), rule.init(np.zeros(shape))
+    adam, last = NaiveAdam((3, 10)), None
+    for k in range(8):
+        g = w - target if left else (w - target).T
+        new, state = rule.step(w, w - target, state)
+        basis = int_decoded(state["basis_codes"], state["basis_scales"], 7, 3)
+        exact = np.linalg.svd(g)[0][:, :3] if k % 3 == 0 else None
+        if exact is not None:
+            aligned = signed(exact) * np.sign(np.sum(signed(exact) * basis, axis=0))
+            step = np.max(abs(aligned), axis=1, keepdims=True) / 7
+            assert np.all(abs(basis - aligned) <= 0.5 * step + 1e-9)
+            if last is not None:
+                turn = basis.T @ last
+                adam.mean, adam.square = turn @ adam.mean, turn**2 @ adam.square
+            last = basis
+        moved = (w if left else w.T) - 0.05 * basis @ adam(basis.T @ g)
+        rows, kept = moved.T, (new if left else new.T).T
+        scale = np.max(abs(rows), axis=1, keepdims=True)
+        off = abs(kept - rows) / (scale / 127)
+        assert np.max(off) < 1 + 1e-9
+        levels = kept / scale * 127
+        assert np.max(abs(levels - np.round(levels))) < 1e-9
+        packed = rule.packed(new)
+        assert packed["codes"].dtype == np.uint8
+        assert np.array_equal(rule.weights.decode(packed, 7), kept)
+        w = new
+    assert state["basis_codes"].shape == (7, 2)
+
+
+def int_decoded(codes, scales, rows, columns):
+    """Two integers a byte, the first in the low half; one scale a row."""
+    both = np.stack([codes & 15, codes >> 4], axis=-1).reshape(rows, -1)[:, :columns]
+    return (both.astype(float) - 7) / 7 * scales
+
+
+def test_small_steps_add_up_where_rounding_to_nearest_stops():
+    """Half a step of the grid away: steps of a hundredth of one get there on average only."""
+    w = on_grid(QGaLore(), np.tile(np.linspace(-1, 1, 8)[:, None], (1, 400)))
+    pull = np.zeros((8, 400))
+    pull[3, :] = -1.0
+    rule = QGaLore(rank=1, lr=1e-4, scale=1.0, moments=PLAIN)
+    state, moved = rule.init(w), w
+    for _ in range(100):
+        moved, state = rule.step(moved, pull, state)
+    # 100 steps of 1e-4 times |P_3|^2, which four bits round to 1; noise of 400 sums of 100.
+    shift = np.mean((moved - w)[3, :])
+    assert abs(shift - 1e-2) < 5 * (100 * 1e-4 / 127 / 400) ** 0.5
+    assert np.max(abs((moved - w)[[0, 7], :])) == 0.0
+    nearest, state = w, rule.init(w)
+    for _ in range(100):
+        free = dataclasses.replace(rule, weights=None)
+        nearest, state = free.step(nearest, pull, state)
+        nearest = on_grid(rule, nearest)
+    assert np.array_equal(nearest, w)
+
+
+def test_without_rounding_it_is_galore():
+    target = draw(7, 10)
+    plain = GaLore(rank=3, lr=0.05, when=Lazy(2))
+    same = QGaLore(rank=3, lr=0.05, when=Lazy(2), weights=None, bases=None)
+    one, other = run(plain, target), run(same, target)
+    assert all(np.array_equal(x, y) for x, y in zip(one[0], other[0], strict=True))
+
+
 # When to renew
 
 
@@ -497,7 +642,8 @@ def test_a_zero_gradient_keeps_the_subspace_and_says_so(rule):
     if not isinstance(rule.when, Displacement):
         del state["displacement"]
     w, after = rule.step(path[-1], np.zeros((7, 10)), state)
-    assert np.array_equal(after["basis"], state["basis"])
+    assert basis_of(after).keys() == basis_of(state).keys() != set()
+    assert all(np.array_equal(x, state[name]) for name, x in basis_of(after).items())
     assert int(after["kept"]) == 1
     assert int(after["renewals"]) == 1
     assert np.all(np.isfinite(w))
@@ -505,6 +651,7 @@ def test_a_zero_gradient_keeps_the_subspace_and_says_so(rule):
     _, after = rule.step(w, w - target, after)
     assert int(after["renewals"]) == 2
     # From the start: no subspace, no step.
+    target = on_grid(rule, target)
     start = rule.init(target)
     still, after = rule.step(target, 0 * target, start, lr=0.0)
     assert np.array_equal(still, target)
@@ -552,13 +699,8 @@ def test_the_step_between_renewals_can_be_compiled(rule):
     state = rule.init(target)
     weight, state = rule.step(0 * target, -target, state)
     expected = rule.move(weight, weight - target, state, lr=0.01)
-    found = (
-        jax.jit(lambda *args: rule.move(*args, lr=args[3]))(weight, weight - target, state, 0.01)
-        if False
-        else jax.jit(lambda w, g, s, lr: rule.move(w, g, s, lr=lr))(
-            weight, weight - target, state, 0.01
-        )
-    )
+    move = jax.jit(lambda w, g, s, lr: rule.move(w, g, s, lr=lr))
+    found = move(weight, weight - target, state, 0.01)
     assert np.allclose(found[0], expected[0], rtol=1e-12, atol=0)
     assert found[1].keys() == expected[1].keys()
 
@@ -572,7 +714,7 @@ def test_learning_rate_and_decay_of_a_step(rule):
     free = dataclasses.replace(rule, weight_decay=0.0)
     decayed = dataclasses.replace(rule, weight_decay=0.5)
     moved, shrunk = (run(r, target, 1, weight=weight)[0][0] for r in (free, decayed))
-    if not getattr(rule, "quantize", None):
+    if not getattr(rule, "quantize", None) and not isinstance(rule, QGaLore):
         assert np.linalg.norm(moved - shrunk - 0.5 * rule.lr * weight) <= 100 * EPS
 
 
@@ -585,7 +727,8 @@ def test_precision(rule):
     single, _ = rule.step(weight.float(), grad.float(), rule.init(weight.float()))
     assert new.dtype == torch.bfloat16
     assert torch.equal(new, single.bfloat16())
-    assert {x.dtype for x in state.values()} == {torch.float32, torch.int32}
+    codes = {torch.uint8} if isinstance(rule, QGaLore) else set()
+    assert {x.dtype for x in state.values()} == {torch.float32, torch.int32} | codes
 
 
 def test_numbers_in_the_state():
@@ -595,6 +738,50 @@ def test_numbers_in_the_state():
             state = rule.init(np.zeros(shape))
             size = sum(np.asarray(x).size for x in state.values() if np.ndim(x))
             assert size == (7 + 2 * 10) * rule.rank
+
+
+def test_a_scale_of_zero_leaves_the_decay():
+    w = draw(7, 10)
+    rule = GaLore(rank=3, lr=0.1, scale=0.0, weight_decay=0.5)
+    new, _ = rule.step(w, draw(7, 10, seed=1), rule.init(w))
+    assert np.array_equal(new, 0.95 * w)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Every(0), r"gap must be at least 1, got 0"),
+        (lambda: Growing(2, 0.5), r"factor must be finite and at least 1, got 0\.5"),
+        (lambda: Growing(2, math.nan), r"factor must be finite and at least 1, got nan"),
+        (lambda: Lazy(similarity=2.0), r"similarity must be in \[0, 1\], got 2\.0"),
+        (lambda: Lazy(patience=0), r"patience must be at least 1, got 0"),
+        (lambda: Displacement(least=-1.0), r"least must be in \[0, 1\], got -1\.0"),
+        (lambda: Integers(bits=1), r"bits must be in 2\.\.8, got 1"),
+        (lambda: Integers(block=0), r"block must be at least 1, got 0"),
+        (lambda: Fira(growth=0.9), r"growth must be at least 1, got 0\.9"),
+        (lambda: APOLLO(growth=math.nan), r"growth must be at least 1, got nan"),
+        (lambda: GaLore(tol=0.0), r"tol must be in \(0, 1\], got 0\.0"),
+        (lambda: LORO(period=0), r"period must be at least 1, got 0"),
+        (lambda: leading_subspace(np.eye(4), 2, tol=0), r"tol must be in \(0, 1\], got 0"),
+        (
+            lambda: jagged_cosine(0, total=0, period=1, warmup=0, restart_warmup=0),
+            r"total and period must be at least 1, got 0 and 1",
+        ),
+        (
+            lambda: low_rank_plus_sparse(draw(5, 2), draw(3, 7), draw(1), np.array([0])),
+            r"up and down must have shapes \(m, r\) and \(r, n\), got \(5, 2\) and \(3, 7\)",
+        ),
+        (
+            lambda: low_rank_plus_sparse(draw(5, 2), draw(2, 7), draw(2), np.array([0])),
+            r"values and support must have one length, got 2 and 1",
+        ),
+        (lambda: QGaLore(weights=None).packed(draw(7, 10)), r"keeps weights as they are"),
+        (lambda: split_quantized(draw(7, 10), draw(5, 2), grid), r"basis must have 7 rows"),
+    ],
+)
+def test_numbers_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_rank_is_checked():

@@ -147,7 +147,9 @@ class ProjectedOptimizer(BatchedOptimizer[ParameterWeight]):
             state = batch.state() if batch.started else self._start(batch, weight)
             # What the host reads: the subspaces, and one number of each kind for every weight.
             known = {
-                name: gathered(x) for name, x in state.items() if x.ndim == 1 or name == "basis"
+                name: gathered(x)
+                for name, x in state.items()
+                if x.ndim == 1 or name.startswith("basis")
             }
             if not nowhere(rule.due(known)):
                 weight, state = rule.renew(weight, rule.choose(gathered(grad), known), state)

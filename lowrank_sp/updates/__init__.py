@@ -32,6 +32,7 @@ from lowrank_sp.updates.flatness import EFlat as EFlat
 from lowrank_sp.updates.flatness import flat_noise as flat_noise
 from lowrank_sp.updates.full_weight import GaLore as GaLore
 from lowrank_sp.updates.full_weight import ProjectedRule as ProjectedRule
+from lowrank_sp.updates.integers import Integers as Integers
 from lowrank_sp.updates.moments import Adam as Adam
 from lowrank_sp.updates.moments import Moments as Moments
 from lowrank_sp.updates.moments import Momentum as Momentum
@@ -46,6 +47,7 @@ from lowrank_sp.updates.projector import Lazy as Lazy
 from lowrank_sp.updates.projector import Subspace as Subspace
 from lowrank_sp.updates.projector import leading_subspace as leading_subspace
 from lowrank_sp.updates.quantized_weight import LoQT as LoQT
+from lowrank_sp.updates.quantized_weight import QGaLore as QGaLore
 from lowrank_sp.updates.quantized_weight import split_quantized as split_quantized
 from lowrank_sp.updates.rule import Gauge as Gauge
 from lowrank_sp.updates.rule import Pair as Pair

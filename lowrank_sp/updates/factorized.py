@@ -79,6 +79,10 @@ class LORO(Rule):
     lazy: float | None = None
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise ValueError(f"period must be at least 1, got {self.period}")
+
     @property
     def joint(self) -> bool:
         return True
@@ -231,6 +235,8 @@ def jagged_cosine(
     >>> [round(jagged_cosine(k, **options), 3) for k in (0, 9, 199, 200, 205, 999)]
     [0.1, 1.0, 0.915, 0.183, 0.91, 0.1]
     """
+    if total < 1 or period < 1:
+        raise ValueError(f"total and period must be at least 1, got {total} and {period}")
     done = min(step, total) / total
     cosine = least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
     length = warmup if step < period else restart_warmup
@@ -290,6 +296,15 @@ def low_rank_plus_sparse(
            [1., 8., 1.]])
     """
     xp = namespace(up)
+    shapes = tuple(up.shape), tuple(down.shape)
+    if up.ndim != 2 or down.ndim != 2 or shapes[0][1] != shapes[1][0]:
+        raise ValueError(
+            f"up and down must have shapes (m, r) and (r, n), got {shapes[0]} and {shapes[1]}"
+        )
+    if tuple(values.shape) != tuple(support.shape):
+        raise ValueError(
+            f"values and support must have one length, got {values.shape[0]} and {support.shape[0]}"
+        )
     m, n = up.shape[0], down.shape[1]
     places = xp.arange(m * n, dtype=support.dtype, device=device(up))
     # The standard cannot scatter: every place looks itself up among the sorted ones.

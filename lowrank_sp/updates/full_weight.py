@@ -24,11 +24,11 @@ from lowrank_sp.updates.moments import Adam, Moments, named, part
 from lowrank_sp.updates.projector import (
     Every,
     Subspace,
+    check_angle,
     leading_subspace,
     overlap,
 )
 from lowrank_sp.updates.rule import Scalar, State, nowhere, over, rounded, where
-from lowrank_sp.updates.slots import descend
 
 
 class Choice(NamedTuple):
@@ -127,7 +127,7 @@ class ProjectedRule(ABC):
             "kept": zero,
             "index": index,
             "angle": xp.ones(batch, dtype=real_dtype(xp, w.dtype), **place),
-            "basis": basis,
+            **self._stored(basis),
             **named("moment", self.moments.init(coordinates)),
             **self.when.init(coordinates),
         }
@@ -176,15 +176,15 @@ class ProjectedRule(ABC):
         index, renewals = (to_host(xp.asarray(state[name])) for name in ("index", "renewals"))
         angles = np.array(to_host(xp.asarray(state["angle"])))
         kept = np.zeros(due.shape, dtype=bool)
-        bases = []
+        olds, bases = self._basis(state), []
         for i in np.ndindex(due.shape):
-            old = state["basis"][(*i, ...)]
+            old = olds[(*i, ...)]
             if due[i]:
                 rng = np.random.default_rng([self.seed, int(index[i]), int(renewals[i])])
                 found = self._look(g[(*i, ...)], old if renewals[i] else None, rng)
                 old, angles[i], kept[i] = found.basis, found.angle, found.zero
             bases.append(old)
-        basis = xp.reshape(xp.stack(bases), state["basis"].shape)
+        basis = xp.reshape(xp.stack(bases), olds.shape)
         return Choice(
             basis,
             # A copy to some devices makes a list of one of a single number.
@@ -202,16 +202,17 @@ class ProjectedRule(ABC):
         choice : Choice
         state : dict of arrays
         """
-        xp = namespace(state["basis"])
+        xp = namespace(choice.basis)
         new = choice.due & ~choice.kept
         again = new & (state["renewals"] > 0)
-        turn = adjoint(choice.basis) @ state["basis"]
+        stored = self._stored(choice.basis)
+        turn = adjoint(self._basis(stored)) @ self._basis(state)
         changes = {"age": xp.zeros_like(state["age"]), **self.when.renewed(overlap(turn), state)}
         changes |= named("moment", self._turned(part("moment", state), turn))
         return weight, {
             **state,
             **{name: where(again, x, state[name]) for name, x in changes.items()},
-            "basis": where(new, choice.basis, state["basis"]),
+            **{name: where(new, x, state[name]) for name, x in stored.items()},
             "angle": where(new, choice.angle, state["angle"]),
             "renewals": state["renewals"] + xp.astype(new, xp.int32),
             "kept": state["kept"] + xp.astype(choice.due & choice.kept, xp.int32),
@@ -223,14 +224,15 @@ class ProjectedRule(ABC):
         """The step in the subspace at hand; takes and returns what :meth:`step` does."""
         w, g = as_compute(weight), short_first(as_compute(grad))
         lr = over(self.lr if lr is None else lr)
-        coordinates = adjoint(state["basis"]) @ g
+        basis = self._basis(state)
+        coordinates = adjoint(basis) @ g
         step = state["step"] + 1
         adapted, history = self.moments.turn(coordinates, part("moment", state), step)
-        direction, more = self._direction(g, coordinates, adapted, state)
+        direction, more = self._direction(g, basis, coordinates, adapted, state)
         if w.shape[-2] >= w.shape[-1]:
             direction = adjoint(direction)
-        w = descend(w, direction, lr * self.scale, self.weight_decay / self.scale)
-        return rounded(w, weight), {
+        kept = w if self.weight_decay == 0 else (1 - lr * self.weight_decay) * w
+        return self._kept(kept - lr * self.scale * direction, weight, state), {
             **state,
             "step": step,
             "age": state["age"] + 1,
@@ -238,6 +240,18 @@ class ProjectedRule(ABC):
             **self.when.watch(coordinates, g, state),
             **more,
         }
+
+    def _stored(self, basis: Array) -> State:
+        """How a basis is kept in the state, under names that begin with ``basis``."""
+        return {"basis": basis}
+
+    def _basis(self, state: State) -> Array:
+        """The basis that is kept in a state."""
+        return state["basis"]
+
+    def _kept(self, new: Array, weight: Array, state: State) -> Array:  # noqa: ARG002
+        """The new weight as it is kept, in the dtype of the old one."""
+        return rounded(new, weight)
 
     def _turned(self, history: State, turn: Array) -> State:  # noqa: ARG002
         """What the moments keep where the basis turns by ``turn = P_new^H P_old``."""
@@ -249,7 +263,7 @@ class ProjectedRule(ABC):
 
     @abstractmethod
     def _direction(
-        self, g: Array, coordinates: Array, adapted: Array, state: State
+        self, g: Array, basis: Array, coordinates: Array, adapted: Array, state: State
     ) -> tuple[Array, State]:
         """What to descend along, ``(..., s, l)``, and what to change in the state."""
 
@@ -277,8 +291,7 @@ class GaLore(ProjectedRule):
     Notes
     -----
     ``4 m n r`` flops a step; a renewal costs two to five times that, where a full SVD costs
-    ``O(m n s)``. Q-GaLore :cite:p:`zhang2024qgalore` and Lotus :cite:p:`miao2026lotus` are this
-    rule with ``when`` :class:`~lowrank_sp.updates.projector.Lazy` and
+    ``O(m n s)``. Lotus :cite:p:`miao2026lotus` is this rule with ``when``
     :class:`~lowrank_sp.updates.projector.Displacement`.
 
     Examples
@@ -301,6 +314,9 @@ class GaLore(ProjectedRule):
     tol: float = 1e-2
     transport: bool = True
 
+    def __post_init__(self) -> None:
+        check_angle(self.tol)
+
     def _turned(self, history: State, turn: Array) -> State:
         return self.moments.transport(history, turn) if self.transport else history
 
@@ -310,11 +326,12 @@ class GaLore(ProjectedRule):
     def _direction(
         self,
         g: Array,  # noqa: ARG002
+        basis: Array,
         coordinates: Array,  # noqa: ARG002
         adapted: Array,
-        state: State,
+        state: State,  # noqa: ARG002
     ) -> tuple[Array, State]:
-        return state["basis"] @ adapted, {}
+        return basis @ adapted, {}
 
 
 def short_first(x: Array) -> Array:

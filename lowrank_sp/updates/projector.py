@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,6 +122,7 @@ def leading_subspace(
     operator = as_operator(a)
     m, n = operator.shape
     rank = check_rank(rank, min(m, n), (m, n))
+    check_angle(tol)
     generator = np.random.default_rng(rng)
     # The Krylov space lies on the shorter side; on the longer one, ``init`` could leave the range.
     tall, basis, near = m > n, init, init
@@ -154,6 +156,12 @@ def leading_subspace(
         if angle <= tol or angle == 1.0 or not found.converged or reads + 2 >= max_reads:
             return Subspace(basis, angle, reads, False)
         residual *= tol / (2 * angle)
+
+
+def check_angle(tol: float) -> None:
+    """Raise unless ``tol`` is the sine of an angle that can be reached."""
+    if not 0 < tol <= 1:
+        raise ValueError(f"tol must be in (0, 1], got {tol}")
 
 
 def _largest(a: LinearOperator, rng: np.random.Generator) -> float:
@@ -201,6 +209,10 @@ class Every:
 
     gap: int = 200
 
+    def __post_init__(self) -> None:
+        if self.gap < 1:
+            raise ValueError(f"gap must be at least 1, got {self.gap}")
+
     def init(self, coordinates: Array) -> State:  # noqa: ARG002
         """What the schedule keeps, for coordinates ``(..., r, n)`` of a gradient."""
         return {}
@@ -226,10 +238,16 @@ class Growing(Every):
     ----------
     gap : int
     factor : float
+        At least 1.
     """
 
     gap: int = 100
     factor: float = 1.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"factor must be finite and at least 1, got {self.factor}")
 
     def renewed(self, similarity: Array, state: State) -> State:  # noqa: ARG002
         return {"interval": _stretched(state["interval"], self.factor)}
@@ -252,11 +270,19 @@ class Lazy(Every):
 
     Notes
     -----
-    The published rule compares basis vectors, which turn within a subspace that stays.
+    The published rule :cite:p:`zhang2024qgalore` compares the first basis vectors, by the mean of
+    their last five cosines: these have a sign of their own, and turn within a subspace that stays.
     """
 
     similarity: float = 0.4
     patience: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.similarity <= 1:
+            raise ValueError(f"similarity must be in [0, 1], got {self.similarity}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
 
     def init(self, coordinates: Array) -> State:
         xp = namespace(coordinates)
@@ -293,11 +319,17 @@ class Displacement(Every):
 
     Notes
     -----
-    State: the ``r n`` numbers of the sum.
+    State: the ``r n`` numbers of the sum. Of Lotus only the summary of the paper was at hand, a
+    displacement of unit gradients and a threshold; the formula and the defaults are ours.
     """
 
     gap: int = 50
     least: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.least <= 1:
+            raise ValueError(f"least must be in [0, 1], got {self.least}")
 
     def init(self, coordinates: Array) -> State:
         xp = namespace(coordinates)

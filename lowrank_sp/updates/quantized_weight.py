@@ -1,4 +1,4 @@
-"""A quantized weight and a factor that makes up for its rounding: LoQT."""
+"""Weights and subspaces in a few bits: LoQT, whose factor makes up for rounding, and Q-GaLore."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from lowrank_sp._arrays import Array, adjoint, as_compute, namespace
 from lowrank_sp.updates.full_weight import Choice, GaLore, norm_of, short_first
-from lowrank_sp.updates.projector import Every, Growing
+from lowrank_sp.updates.integers import Integers, uniform_at
+from lowrank_sp.updates.moments import named, part
+from lowrank_sp.updates.projector import Every, Growing, Lazy, Subspace
 from lowrank_sp.updates.rule import State, rounded, where
 
 
@@ -52,8 +56,9 @@ class LoQT(GaLore):
         if self.quantize is None:
             return weight, state
         w = as_compute(weight)
-        base, factor = split_quantized(w, state["basis"], self.quantize)
-        made_up = state["basis"] @ factor
+        basis = self._basis(state)
+        base, factor = split_quantized(w, basis, self.quantize)
+        made_up = basis @ factor
         merged = base + (made_up if w.shape[-2] < w.shape[-1] else adjoint(made_up))
         size = norm_of(w)
         xp = namespace(w)
@@ -81,5 +86,104 @@ def split_quantized(
         ``Q (..., m, n)`` and ``B (..., r, l)``. ``Q + P B``, or ``Q + (P B)^H`` for ``m >= n``, is
         the best approximation of ``W`` that this basis can reach from ``Q``.
     """
+    short = min(weight.shape[-2:])
+    if basis.shape[-2] != short:
+        raise ValueError(
+            f"basis must have {short} rows, as the shorter side of the weight, "
+            f"got {basis.shape[-2]}"
+        )
     base = quantize(weight)
     return base, adjoint(basis) @ short_first(weight - base)
+
+
+@dataclass(frozen=True)
+class QGaLore(GaLore):
+    r"""Q-GaLore :cite:p:`zhang2024qgalore`: GaLore with a basis of 4 and a weight of 8 bits.
+
+    .. math:: W \leftarrow \mathrm{round}_8\bigl(W - \eta \alpha\, \hat P\,
+              \mathrm{Adam}(\hat P^H G)\bigr), \qquad \hat P = \mathrm{round}_4(P) \qquad (m < n)
+
+    The basis is rounded to the nearest, and the weight to either neighbour, such that its mean is
+    exact: steps much smaller than the distance of two levels still add up. Subspaces that stay are
+    renewed ever more rarely.
+
+    Parameters
+    ----------
+    rank, lr, scale, moments, weight_decay, seed, tol, transport
+        As in :class:`GaLore`.
+    when : Every
+    weights, bases : Integers, or None
+        How weights and bases are kept; None as they are. Weights have their blocks along the
+        shorter side.
+
+    Notes
+    -----
+    The basis is in the state as ``"basis_codes"`` and ``"basis_scales"``: half a byte a number. The
+    weight comes and goes in floating point, with values that :meth:`packed` keeps in a byte each,
+    exactly; :func:`~lowrank_sp.torch.integers.integer_weights_` makes a module keep them so. Half
+    precision would round them once more: let such weights be float32. All draws follow from the
+    seed, the index of the weight, and the step.
+
+    The published code has levels between the least and the largest entry of a block, with a zero
+    that is one of them, so it clips blocks of one sign; here they lie evenly about zero. Rounded,
+    the columns of the basis are orthonormal up to a tenth; ``"angle"`` is that of the exact one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rule = QGaLore(rank=2, lr=1e-4, scale=1.0)
+    >>> weight = rule.weights.round(np.random.default_rng(0).standard_normal((20, 8)))
+    >>> new, state = rule.step(weight, weight, rule.init(weight))
+    >>> moved = abs(new - weight) / (np.max(abs(weight), axis=1, keepdims=True) / 127)
+    >>> bool(np.mean(moved > 0.5) < 0.1), bool(np.max(moved) < 1.01)
+    (True, True)
+    """
+
+    when: Every = field(default_factory=Lazy)
+    weights: Integers | None = field(default_factory=Integers)
+    bases: Integers | None = field(default_factory=lambda: Integers(bits=4))
+
+    def packed(self, weight: Array) -> State:
+        """Integers and scales of a weight: its columns for ``m < n``, else its rows.
+
+        Raises
+        ------
+        ValueError
+            If the rule keeps weights as they are.
+        """
+        if self.weights is None:
+            raise ValueError("the rule keeps weights as they are; pass weights=Integers()")
+        return self.weights.encode(_rows_short(as_compute(weight)))
+
+    def _stored(self, basis: Array) -> State:
+        if self.bases is None:
+            return super()._stored(basis)
+        return named("basis", self.bases.encode(basis))
+
+    def _basis(self, state: State) -> Array:
+        if self.bases is None:
+            return super()._basis(state)
+        return self.bases.decode(part("basis", state), self.rank)
+
+    def _look(self, g: Array, old: Array | None, rng: np.random.Generator) -> Subspace:
+        # Rounded, it is not orthonormal, as a start has to be.
+        start = None if old is None else namespace(old).linalg.qr(old)[0]
+        return super()._look(g, start, rng)
+
+    def _kept(self, new: Array, weight: Array, state: State) -> Array:
+        if self.weights is None:
+            return super()._kept(new, weight, state)
+        rows = _rows_short(new)
+        keys = self.seed, state["index"], state["step"]
+        noise = uniform_at(tuple(rows.shape[-2:]), *keys, like=rows)
+        return rounded(_turned_like(self.weights.round(rows, noise=noise), new), weight)
+
+
+def _rows_short(x: Array) -> Array:
+    """``x`` or its transpose, whose rows lie along the shorter side, which shards leave whole."""
+    return x.mT if x.shape[-2] < x.shape[-1] else x
+
+
+def _turned_like(x: Array, like: Array) -> Array:
+    """The inverse of :func:`_rows_short`."""
+    return x.mT if like.shape[-2] < like.shape[-1] else x

@@ -38,14 +38,17 @@ class Fira(GaLore):
     scale: float = 1.0
     growth: float = 1.01
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_growth(self.growth)
+
     def init(self, weight: Array, *, index: Any = 0, count: int = 1) -> State:
         state = super().init(weight, index=index, count=count)
         return {**state, "norm": 0 * state["angle"]}
 
     def _direction(
-        self, g: Array, coordinates: Array, adapted: Array, state: State
+        self, g: Array, basis: Array, coordinates: Array, adapted: Array, state: State
     ) -> tuple[Array, State]:
-        basis = state["basis"]
         rest = (g - basis @ coordinates) * _gain(adapted, coordinates, -2)
         rest, norm = _limited(rest, state["norm"], self.growth)
         return basis @ adapted + rest, {"norm": norm}
@@ -76,6 +79,9 @@ class APOLLO(ProjectedRule):
 
     growth: float = 1.01
 
+    def __post_init__(self) -> None:
+        _check_growth(self.growth)
+
     #: Axes of the coordinates that share one factor.
     shared: ClassVar[Any] = -2
 
@@ -87,7 +93,12 @@ class APOLLO(ProjectedRule):
         return Subspace(sketch(g, self.rank, rng=rng), 1.0, 0, False)
 
     def _direction(
-        self, g: Array, coordinates: Array, adapted: Array, state: State
+        self,
+        g: Array,
+        basis: Array,  # noqa: ARG002
+        coordinates: Array,
+        adapted: Array,
+        state: State,
     ) -> tuple[Array, State]:
         direction = g * _gain(adapted, coordinates, self.shared)
         direction, norm = _limited(direction, state["norm"], self.growth)
@@ -112,6 +123,11 @@ class APOLLOMini(APOLLO):
     scale: float = 128**0.5
 
     shared: ClassVar[Any] = (-2, -1)
+
+
+def _check_growth(growth: float) -> None:
+    if not growth >= 1:
+        raise ValueError(f"growth must be at least 1, got {growth}")
 
 
 def _gain(adapted: Array, coordinates: Array, shared: Any) -> Array:
