@@ -23,6 +23,7 @@ from lowrank_sp.adapters.compensate import (
     lqer,
     qera,
     qera_approx,
+    srr,
     svdquant,
 )
 from lowrank_sp.adapters.compress import svd_llm
@@ -62,6 +63,7 @@ DATA = {
     "qera_approx": {"mean_square": (samples() ** 2).mean(0)},
     "qera": {"second_moment": moment(samples())},
     "lq_lora": {"fisher": fisher()},
+    "srr": {"second_moment": moment(samples())},
     "svdquant": {"magnitude": abs(samples()).max(0)},
 }
 FUNCTIONS = {
@@ -70,6 +72,7 @@ FUNCTIONS = {
     "qera_approx": qera_approx,
     "qera": qera,
     "lq_lora": lq_lora,
+    "srr": srr,
     "svdquant": svdquant,
 }
 #: These quantize the weight itself, so that their base does not depend on the rank.
@@ -202,6 +205,53 @@ def test_svdquant_keeps_the_leading_part(smooth, dtype, xp):
     assert abs(found.error - made) <= tol * np.linalg.norm(w * d)
     if smooth:
         np.testing.assert_allclose(xp.host(found.smoothing), d, rtol=100 * np.finfo(dtype).eps)
+
+
+def root_of(second_moment):
+    values, vectors = np.linalg.eigh(second_moment)
+    return (vectors * values**0.5) @ vectors.T
+
+
+def tails(a):
+    s = np.linalg.svd(a, compute_uv=False)
+    return np.array([np.linalg.norm(s[k:]) for k in range(RANK + 1)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kept", range(RANK + 1))
+def test_srr_keeps_the_leading_outputs(kept, dtype, xp):
+    w, c = weight(dtype), DATA["srr"]["second_moment"]
+    root = root_of(c)
+    found = srr(xp.asarray(w), RANK, second_moment=xp.asarray(c), kept=kept, quantize=COARSE, rng=0)
+    u = np.linalg.svd(w @ root)[0][:, :kept]
+    leading = u @ (u.T @ w)
+    rest = (w - leading).astype(dtype)
+    base, lost = xp.host(found.base.to_dense()), rest - COARSE(rest).to_dense()
+    # A weight that rounding puts on the other side of two levels is one of a few, a step off.
+    if np.linalg.norm(base - COARSE(rest).to_dense()) <= 1e-3 * np.linalg.norm(base):
+        expected = truncated((w - base) @ root, RANK) @ np.linalg.inv(root)
+        tol = 1e4 * np.finfo(dtype).eps * np.linalg.cond(root)
+        assert_same_product(expected, xp.host(found.correction.to_dense()), tol=tol)
+        # The published correction: the leading part, and the best of the remaining rank.
+        published = np.linalg.norm(lost @ root - truncated(lost @ root, RANK - kept))
+        assert found.error <= published * (1 + tol)
+    made = np.linalg.norm((w - xp.host(found.to_dense())) @ root)
+    assert abs(found.error - made) <= 1e3 * np.finfo(dtype).eps * np.linalg.norm(w @ root)
+    assert found.correction.rank == RANK
+
+
+def test_srr_splits_the_rank_where_its_estimate_is_least():
+    w, options = weight(), {**DATA["srr"], "quantize": COARSE, "rng": 0}
+    root = root_of(options["second_moment"])
+    estimate = tails(w @ root) * tails((w - COARSE(w).to_dense()) @ root)[::-1]
+    best = int(np.argmin(estimate))
+    by_default = srr(w, RANK, **options)
+    assert by_default.error == srr(w, RANK, kept=best, **options).error
+    assert best > 0
+    # A spectrum with nothing in front: all of the rank is for the error, and it is QERA.
+    flat = orthonormal(M, N, np.random.default_rng(0))
+    options["second_moment"] = np.eye(N)
+    assert srr(flat, RANK, **options).error == qera(flat, RANK, **options).error
 
 
 def test_columns_and_inputs_of_zero_are_not_smoothed():
@@ -388,6 +438,8 @@ NAN, BAD = np.full(N, np.nan), -np.ones(N)
             lambda w: qera(w, 5, second_moment=moment(samples(4))),
             "too few samples: second_moment has rank 4, less than the rank 5",
         ),
+        (lambda w: srr(w, 2, **DATA["srr"], kept=3), r"kept must be in 0\.\.2, got 3"),
+        (lambda w: srr(w, 5, second_moment=moment(samples(4))), "too few samples"),
         (lambda w: lq_lora(w, 2, fisher=fisher(), steps=0), "steps must be at least 1"),
         (lambda w: lq_lora(w, 2, fisher=fisher().T), r"fisher must have shape \(24, 18\)"),
         (lambda w: lq_lora(w, 2, fisher=-fisher()), "fisher must not be negative"),

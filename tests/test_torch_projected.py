@@ -379,7 +379,7 @@ def whole_of(net):
 
 
 def paths_agree(mesh):
-    for name in ("GaLore", "Lotus", "Fira", "APOLLO", "APOLLO-Mini", "LoQT"):
+    for name in ("GaLore", "Lotus", "Fira", "APOLLO", "APOLLO-Mini", "LoQT", "Q-GaLore"):
         rule = RULES[name]
         net, expected = sharded(mesh), Net()
         optimizer = optimizer_of(net, rule)

@@ -84,8 +84,10 @@ class SafeProduct(Form):
     ) -> Start:
         """The task-aware start: what of the weight matters most for the outputs on the task.
 
-        Factors as :func:`~lowrank_sp.adapters.initializers.weighted` makes them; the base weight
-        gives up what the projector lets through of their product.
+        Factors as :func:`~lowrank_sp.adapters.initializers.weighted` makes them, ``U_r U_r^H W``
+        with the leading outputs ``U_r`` on the task; the base weight gives up what the projector
+        lets through of their product. The published start truncates the weight before, ``U_r U_r^H
+        [W]_r``, so that it has less of these outputs.
 
         Parameters
         ----------
