@@ -3,6 +3,7 @@
 from lowrank_sp.torch.attached import detach as detach
 from lowrank_sp.torch.attached import forms_of as forms_of
 from lowrank_sp.torch.attached import layered_forms_of as layered_forms_of
+from lowrank_sp.torch.attached import layout as layout
 from lowrank_sp.torch.attached import load_state_ as load_state_
 from lowrank_sp.torch.attached import merge_ as merge_
 from lowrank_sp.torch.attached import state as state
@@ -20,3 +21,4 @@ from lowrank_sp.torch.pairs import ParameterPair as ParameterPair
 from lowrank_sp.torch.pairs import lora_pairs as lora_pairs
 from lowrank_sp.torch.projected import ParameterWeight as ParameterWeight
 from lowrank_sp.torch.projected import ProjectedOptimizer as ProjectedOptimizer
+from lowrank_sp.torch.quantized import Codec as Codec

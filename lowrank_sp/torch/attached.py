@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_sp._arrays import to_host
 from lowrank_sp.adapters.forms import Form, LayeredForm
-from lowrank_sp.torch.modules import Adapted, Arrays, Pool, Shared, matrix_of, shape_of
+from lowrank_sp.torch.layers import (
+    is_convolution,
+    is_plain,
+    is_transposed,
+    matrix_of,
+    write_weight,
+)
+from lowrank_sp.torch.modules import Adapted, Arrays, Pool, Shared
 
 #: The attribute of a model that holds what its layers share.
 SHARED = "shared_adapters"
@@ -113,6 +119,43 @@ def layered_forms_of(model: nn.Module) -> dict[tuple[str, ...], LayeredForm]:
     }
 
 
+def layout(model: nn.Module) -> dict[str, Any]:
+    """How adapted layers store their weights: what a file must say beside the forms.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    dict from str to object
+        ``embeddings``, ``kernels`` and ``fan_in_fan_out`` of
+        :class:`~lowrank_sp.checkpoint.Adapter`, so that
+        ``Adapter(forms_of(model), **layout(model))`` can be written as a file of PEFT.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> import torch
+    >>> from lowrank_sp.adapters import forms
+    >>> from lowrank_sp.torch import attach
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Conv1d(4, 6, 3))
+    >>> model = attach(model, partial(forms.Product.create, rank=2), targets=["0", "1"], rng=0)
+    >>> layout(model)
+    {'embeddings': frozenset({'0'}), 'kernels': {'1': (3,)}, 'fan_in_fan_out': False}
+    """
+    bases = {name: layer.base for name, layer in layers_of(model).items()}
+    return {
+        "embeddings": frozenset(n for n, base in bases.items() if isinstance(base, nn.Embedding)),
+        "kernels": {
+            name: tuple(base.get_parameter("weight").shape[2:])
+            for name, base in bases.items()
+            if is_convolution(base)
+        },
+        "fan_in_fan_out": any(is_transposed(base) for base in bases.values()),
+    }
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     """All arrays of the adapters, trained and fixed, and nothing else.
 
@@ -166,12 +209,6 @@ def load_state_(model: nn.Module, arrays: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether the weight is a matrix of floats, and not quantized."""
-    weight = matrix_of(module)
-    return weight.is_floating_point() and tuple(weight.shape) == shape_of(module)
-
-
 def check_movable(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise unless the weight of a layer can be given other values."""
     if not is_plain(module):
@@ -191,13 +228,6 @@ def check_untied(model: nn.Module, name: str, module: nn.Module) -> None:
                     f"{name} shares its weight with {other}.{key}, which would change with it; "
                     "untie them first"
                 )
-
-
-def write_weight(module: nn.Module, weight: Any) -> None:
-    """Give the weight of a linear layer the values of a matrix ``(m, n)``."""
-    with torch.no_grad():
-        matrix = matrix_of(module)
-        matrix.copy_(weight if isinstance(weight, Tensor) else torch.as_tensor(to_host(weight)))
 
 
 def layers_of(model: nn.Module) -> dict[str, Adapted]:

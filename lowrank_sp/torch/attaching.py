@@ -14,9 +14,11 @@ from lowrank_sp._arrays import RNG, as_compute
 from lowrank_sp.adapters.catalog import LayeredStart
 from lowrank_sp.adapters.forms import Fixed, Form, LayeredForm, Product, Start, Trained, Weight
 from lowrank_sp.adapters.initializers import Initialization, QuantizedInitialization
-from lowrank_sp.torch.attached import SHARED, check_movable, is_plain, swap, write_weight
-from lowrank_sp.torch.modules import Adapted, Arrays, Pool, Shared, matrix_of, shape_of
-from lowrank_sp.torch.targets import Targets, check_linear, find, find_exactly, keywords
+from lowrank_sp.factors import Factored
+from lowrank_sp.torch.attached import SHARED, check_movable, swap
+from lowrank_sp.torch.layers import check_values, is_plain, matrix_of, shape_of, write_weight
+from lowrank_sp.torch.modules import Arrays, Pool, Shared, adapted
+from lowrank_sp.torch.targets import Targets, check_adaptable, find, find_exactly, keywords
 
 
 def attach(
@@ -28,12 +30,13 @@ def attach(
     dropout: float = 0.0,
     rng: RNG = None,
 ) -> nn.Module:
-    """Give linear layers of a model an adapter each, and freeze everything else.
+    """Give layers of a model an adapter each, and freeze everything else.
 
-    A target is replaced by an :class:`~lowrank_sp.torch.modules.Adapted`, which holds the layer
-    itself and the arrays of the form: the trained ones as parameters, the fixed ones as buffers.
-    Fixed arrays that several layers have in common are registered once, at the model. A form that
-    depends on the weight refers to that of the layer.
+    Linear layers, embeddings and convolutions can be adapted. A target is replaced by an
+    :class:`~lowrank_sp.torch.modules.Adapted`, which holds the layer itself and the arrays of the
+    form: the trained ones as parameters, the fixed ones as buffers. Fixed arrays that several
+    layers have in common are registered once, at the model. A form that depends on the weight
+    refers to that of the layer.
 
     Parameters
     ----------
@@ -45,7 +48,9 @@ def attach(
         what an initializer returns, which makes a :class:`~lowrank_sp.adapters.forms.Product`.
         ``functools.partial`` of the ``create`` of a form, of an initializer, or of the ``start`` of
         a variant of the :mod:`~lowrank_sp.adapters.catalog` will do. The weight
-        is a matrix ``(m, n)`` in at least float32; of a quantized layer it is the shape only.
+        is a matrix ``(m, n)``, outputs by inputs, in at least float32; of a quantized layer it is
+        the shape only. Of an embedding ``n`` counts its entries, of a convolution channels times
+        kernel.
     targets : str, iterable of str, or callable
         As in PEFT: a regular expression for the whole name of a module, ``"all-linear"``, or names
         and ends of names. Or a predicate of a name and a module.
@@ -53,7 +58,7 @@ def attach(
         Passed to ``create`` under the names that initializers give them, as by
         :func:`~lowrank_sp.torch.initialize.initialize_`.
     dropout : float
-        Probability of dropping an input of the adapter in training.
+        Probability of dropping an input of the adapter in training; embeddings drop none.
     rng : int, Generator or None
         One child is spawned for every layer.
 
@@ -66,7 +71,8 @@ def attach(
     ------
     ValueError
         If a target is no module of the model, the names nearest to it are listed; if a module
-        cannot be adapted, the reason is given. The model is then as it was.
+        cannot be adapted, or has no values yet, the reason is given; if the update of an embedding
+        is no product of two factors. The model is then as it was.
     TypeError
         If the form is made from the weight itself, and the layer is quantized.
 
@@ -109,7 +115,7 @@ def attach_shared(
     dropout: float = 0.0,
     rng: RNG = None,
 ) -> nn.Module:
-    """Give linear layers of a model one form for all of them, which share its arrays.
+    """Give layers of a model one form for all of them, which share its arrays.
 
     Parameters
     ----------
@@ -160,8 +166,11 @@ def attach_forms(model: nn.Module, forms: Mapping[Any, Any], *, dropout: float =
     modules = _checked(model, find_exactly(model, names))
     for name, (form, _) in single.items():
         _check_form(name, form, shape_of(modules[name]))
+        _check_lookup(name, form, modules[name])
     for group, (form, _) in layered.items():
         _check_group(group, form, [shape_of(modules[name]) for name in group])
+        for index, name in enumerate(group):
+            _check_lookup(name, form.layer(index), modules[name])
     moved = {name: weight for name, (_, weight) in single.items() if weight is not None}
     for group, (_, weights) in layered.items():
         if weights is not None and len(weights) != len(group):
@@ -181,12 +190,12 @@ def attach_forms(model: nn.Module, forms: Mapping[Any, Any], *, dropout: float =
         write_weight(modules[name], weight)
     for name, (form, _) in single.items():
         base = modules[name]
-        new[base] = Adapted(base, Arrays(form, likes[name], pool, links[name]), dropout=dropout)
+        new[base] = adapted(base, Arrays(form, likes[name], pool, links[name]), dropout=dropout)
     for group, (form, _) in layered.items():
         arrays = Arrays(form, likes[group[0]])
         shared.append(arrays)
         for index, name in enumerate(group):
-            new[modules[name]] = Adapted(modules[name], arrays, index, dropout)
+            new[modules[name]] = adapted(modules[name], arrays, index, dropout)
     swap(model, new)
     if shared:
         if not hasattr(model, SHARED):
@@ -198,7 +207,8 @@ def attach_forms(model: nn.Module, forms: Mapping[Any, Any], *, dropout: float =
 
 def _checked(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
     for name, module in found.items():
-        check_linear(model, name, module)
+        check_adaptable(model, name, module)
+        check_values(name, matrix_of(module))
     return found
 
 
@@ -253,6 +263,14 @@ def _check_form(name: str, form: Form, shape: tuple[int, int]) -> None:
                 f"{array_name} of the form of {name} must be the weight, of shape {shape}, got "
                 f"{tuple(array.shape)}"
             )
+
+
+def _check_lookup(name: str, form: Form, module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding) and not isinstance(form.delta(), Factored):
+        raise ValueError(
+            f"{name} is an embedding, which looks up rows of a product of two factors, and the "
+            f"update of {type(form).__name__} is none; take a form such as Product"
+        )
 
 
 def _check_group(names: Sequence[str], form: Any, shapes: Sequence[tuple[int, int]]) -> None:

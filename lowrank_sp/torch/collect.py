@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_sp.adapters.statistics import MeanGradient
-from lowrank_sp.torch.attached import is_plain
-from lowrank_sp.torch.modules import Adapted, is_linear, is_transposed
+from lowrank_sp.torch.layers import is_linear, is_plain, is_transposed
+from lowrank_sp.torch.modules import Adapted
 from lowrank_sp.torch.targets import Targets, find, layer_name
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_sp.torch.attached import check_untied, swap
-from lowrank_sp.torch.modules import shape_of
+from lowrank_sp.torch.layers import shape_of
 from lowrank_sp.torch.targets import check_linear, find_exactly
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lowrank_sp._arrays import RNG
 from lowrank_sp.adapters.initializers import CoreStart, QuantizedInitialization
 from lowrank_sp.torch.attached import check_untied
-from lowrank_sp.torch.modules import is_transposed
+from lowrank_sp.torch.layers import check_values, matrix_of, write_weight
 from lowrank_sp.torch.pairs import unlike_a_product
+from lowrank_sp.torch.quantized import Codec, codec_of, relative_change
 from lowrank_sp.torch.targets import keywords
 
 
@@ -27,13 +28,6 @@ class _Layer(NamedTuple):
     down: Tensor
     scale: float
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as ``(m, n)``, a view: of embeddings ``m`` is their length."""
-        weight: Any = self.base.weight
-        flipped = is_transposed(self.base) or isinstance(self.base, nn.Embedding)
-        return weight.detach().mT if flipped else weight.detach().flatten(1)
-
 
 @torch.no_grad()
 def initialize_(
@@ -41,6 +35,8 @@ def initialize_(
     initializer: Callable[..., Any],
     *,
     data: Mapping[str, Any] | None = None,
+    codecs: Mapping[type[nn.Module], Codec] | None = None,
+    callback: Callable[[str, float], None] | None = None,
     rng: RNG = None,
 ) -> nn.Module:
     """Fill the LoRA adapters of a PEFT model, and give every base weight its residual.
@@ -62,6 +58,13 @@ def initialize_(
         entries are. :func:`~lowrank_sp.torch.collect.collect_inputs` and
         :func:`~lowrank_sp.torch.collect.collect_gradients` make such mappings. Names
         are those in the model without PEFT.
+    codecs : mapping from class of layer to Codec, optional
+        How to decode and code again the weights of quantized layers; see
+        :class:`~lowrank_sp.torch.quantized.Codec`. Those of bitsandbytes, of 4 and 8 bits, are
+        known.
+    callback : callable, optional
+        Called with the name of every layer and the relative error of its start,
+        ``||W - base - scale B A||_F / ||W||_F``, for the weight ``W`` that the layer had, decoded.
     rng : int, Generator or None
         One child is spawned for every layer.
 
@@ -74,10 +77,18 @@ def initialize_(
     ------
     ValueError
         If there is no such adapter; if one is not a product of two factors; if there are no data of
-        a layer; if a base is quantized, or shares its weight with another module: dequantize or
-        untie it first. Nothing has changed then.
+        a layer; if a base is quantized in a way that is not known, has no values, or shares its
+        weight with another module: untie it first. Nothing has changed then.
     TypeError
         If what the initializer returns is no pair of factors.
+
+    Notes
+    -----
+    A quantized weight is decoded, and the residual is quantized again in the same format. That
+    loses what quantization loses of the residual, so outputs change by as much: see ``callback``. A
+    start that leaves the weight, such as ``eva``, leaves its codes as well. Where the weight is at
+    hand before it was quantized, ``loftq`` and ``qpissa`` of that lose less than any start of the
+    decoded one.
 
     Examples
     --------
@@ -97,12 +108,11 @@ def initialize_(
             f"no trainable LoRA adapter of PEFT in {type(model).__name__}; make one by "
             "peft.get_peft_model, or use attach for models without PEFT"
         )
-    for layer in layers:
-        _check_base(model, layer)
+    found = [_codec(model, layer, codecs or {}) for layer in layers]
     arguments = keywords(data, [layer.name for layer in layers])
     children = np.random.default_rng(rng).spawn(len(layers))
-    for layer, child in zip(layers, children, strict=True):
-        rank, weight = layer.down.shape[0], layer.weight
+    for layer, codec, child in zip(layers, found, children, strict=True):
+        rank, weight = layer.down.shape[0], codec.decode(layer.base)
         start = initializer(
             weight,
             rank,
@@ -119,10 +129,15 @@ def initialize_(
         base = (
             start.base.to_dense() if isinstance(start, QuantizedInitialization) else start.residual
         )
+        # The weight may be a view of what is written now.
+        before = weight.clone() if callback else weight
         layer.up.copy_(start.up.reshape(layer.up.shape))
         layer.down.copy_(start.down.reshape(layer.down.shape))
         if base is not weight:
-            weight.copy_(base)
+            codec.encode(layer.base, base)
+        if callback:
+            after = codec.decode(layer.base)
+            callback(layer.name, relative_change(before, after, layer.up, layer.down, layer.scale))
     return model
 
 
@@ -145,15 +160,22 @@ def _layers_of_peft(model: nn.Module) -> Iterator[_Layer]:
                 yield _Layer(name, layer.get_base_layer(), up.detach(), down.detach(), scale)
 
 
-def _check_base(model: nn.Module, layer: _Layer) -> None:
+def _codec(model: nn.Module, layer: _Layer, codecs: Mapping[type[nn.Module], Codec]) -> Codec:
+    """How the weight of a layer is read and written, after all checks."""
     weight: Any = getattr(layer.base, "weight", None)
     kind = type(layer.base).__name__
     if not isinstance(weight, Tensor):
         raise ValueError(f"{layer.name} cannot be initialized: a {kind} has no single weight")
-    shape = layer.up.shape[0], layer.down.shape[1:].numel()
-    if not weight.is_floating_point() or tuple(layer.weight.shape) != shape:
-        raise ValueError(
-            f"{layer.name} cannot be initialized: its base is a quantized {kind}, which cannot "
-            "hold the residual; load the base in floating point, and quantize it by loftq or qpissa"
-        )
+    check_values(layer.name, weight, layer.up, layer.down)
     check_untied(model, layer.name, layer.base)
+    codec = codec_of(layer.name, layer.base, codecs)
+    if codec is None:
+        shape = layer.up.shape[0], layer.down.shape[1:].numel()
+        if not weight.is_floating_point() or tuple(matrix_of(layer.base).shape) != shape:
+            raise ValueError(
+                f"{layer.name} cannot be initialized: its base is a quantized {kind}, whose format "
+                f"is not known; give codecs={{{kind}: Codec(decode, encode)}}, or load the base in "
+                "floating point"
+            )
+        codec = Codec(lambda module: matrix_of(module).detach(), write_weight)
+    return codec

@@ -1,11 +1,10 @@
-"""A linear layer with an adapter: the arrays of a form as parameters, and the forward pass.
+"""A layer with an adapter: the arrays of a form as parameters, and the forward pass.
 
 :mod:`lowrank_sp.torch.attaching` puts these modules into models.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast
 
@@ -15,6 +14,8 @@ from torch.nn import functional
 
 from lowrank_sp._arrays import to_host
 from lowrank_sp.adapters.forms import Form, LayeredForm, Trained, Weight
+from lowrank_sp.factors import Factored
+from lowrank_sp.torch.layers import convolved, is_convolution, looked_up, matrix_of
 
 AnyForm = TypeVar("AnyForm", Form, LayeredForm)
 
@@ -131,12 +132,12 @@ class Arrays(nn.Module, Generic[AnyForm]):
                 if name not in self._links:
                     yield name, self._array(name, None)
 
-    def products(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, float]]:
-        """Products of two factors of its own: the name of ``up``, both factors, and the scale."""
-        for up, down in getattr(self.kind, "products", ()):
-            if up not in self._links and down not in self._links:
+    def products(self) -> Iterator[tuple[str, tuple[nn.Parameter, ...], float]]:
+        """Products of its own: the name of ``up``, the factors from left to right, the scale."""
+        for names in getattr(self.kind, "products", ()):
+            if not any(name in self._links for name in names):
                 scale = float(cast(float, self._static.get("scale", 1.0)))
-                yield up, getattr(self, up), getattr(self, down), scale
+                yield names[0], tuple(getattr(self, name) for name in names), scale
 
     def _array(self, name: str, device: torch.device | None) -> Tensor:
         if name in self._links:
@@ -153,7 +154,7 @@ class Adapted(nn.Module):
 
     Parameters
     ----------
-    base : torch.nn.Linear, or Conv1D of transformers
+    base : torch.nn.Linear, or Conv1D of transformers; other layers have classes of their own
     arrays : Arrays
         Of the form of this layer, or of one form of many layers.
     index : int, optional
@@ -190,8 +191,8 @@ class Adapted(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of the base."""
-        return cast(Tensor | None, self.base.bias)
+        """The bias of the base; None where it has none, as embeddings."""
+        return cast(Tensor | None, getattr(self.base, "bias", None))
 
     def form(self) -> Form:
         """The form as it is now, of the parameters themselves."""
@@ -200,10 +201,8 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the adapted layer makes of ``x``."""
         form, dtype = self._form(x.device), self.arrays.dtype
-        z = x if x.dtype == dtype else x.to(dtype)
         dropped = self.dropout is not None and self.training
-        if self.dropout is not None:
-            z = self.dropout(z)
+        z = self._input(x)
         if self.adds:
             y = self.base(x)
             return form.adapt(z, y).to(y.dtype)
@@ -215,6 +214,11 @@ class Adapted(nn.Module):
         y = self.base(x)
         product = functional.linear(z, matrix_of(self.base).to(dtype))
         return (y + (form.adapt(z, product) - product)).to(y.dtype)
+
+    def _input(self, x: Tensor) -> Tensor:
+        """What the adapter sees of ``x``."""
+        z = x if x.dtype == self.arrays.dtype else x.to(self.arrays.dtype)
+        return z if self.dropout is None else self.dropout(z)
 
     def _form(self, device: torch.device) -> Form:
         arrays = self.arrays
@@ -228,35 +232,44 @@ class Adapted(nn.Module):
         return arrays.form(weight, device)
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight is ``(n, m)``, as in GPT-2."""
-    # A module of that type exists only where transformers has been imported.
-    library: Any = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
+class AdaptedEmbedding(Adapted):
+    """An embedding, and the form that adapts its weight: a product of two factors.
+
+    A row of the one is looked up and multiplied by the other. There is no dropout: the input is no
+    vector.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted rows of the entries ``x``."""
+        y = self.base(x)
+        delta = cast(Factored, self._form(y.device).delta())
+        return (y + looked_up(self.base, x, delta)).to(y.dtype)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of a kind known here."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+class AdaptedConvolution(Adapted):
+    """A convolution, and the form that adapts its weight, channels by unfolded kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the adapted convolution makes of ``x``."""
+        y = self.base(x)
+        delta = self._form(x.device).delta()
+        return (y + convolved(self.base, self._input(x), delta)).to(y.dtype)
 
 
-def matrix_of(module: nn.Module) -> Tensor:
-    """Weight of a linear layer as a matrix ``(m, n)``; a view."""
-    weight = cast(Tensor, module.weight)
-    return weight.mT if is_transposed(module) else weight
-
-
-def shape_of(module: nn.Module) -> tuple[int, int]:
-    """``(m, n)`` of a linear layer, whatever its weight is stored as."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    m, n = matrix_of(module).shape
-    return m, n
+def adapted(
+    base: nn.Module, arrays: Arrays[Any], index: int | None = None, dropout: float = 0.0
+) -> Adapted:
+    """The module that takes the place of a layer."""
+    if isinstance(base, nn.Embedding):
+        return AdaptedEmbedding(base, arrays, index)
+    kind = AdaptedConvolution if is_convolution(base) else Adapted
+    return kind(base, arrays, index, dropout)
 
 
 def as_tensor(array: Any, like: Tensor) -> Tensor:
     """A contiguous copy of an array of any library, where ``like`` is, floats in its dtype."""
-    tensor = array if isinstance(array, Tensor) else torch.as_tensor(to_host(array))
+    # Copied at once, for arrays of files are not writable.
+    tensor = array if isinstance(array, Tensor) else torch.tensor(to_host(array))
     dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to(
         device=like.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format

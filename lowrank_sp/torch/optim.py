@@ -41,8 +41,9 @@ class FactorOptimizer(BatchedOptimizer[ParameterPair]):
     Raises
     ------
     ValueError
-        If there is no pair, if two pairs share a factor, or if a factor is frozen under a rule that
-        only moves both (``rule.joint``); the message names the pair.
+        If there is no pair, if two pairs share a factor, if a factor is frozen under a rule that
+        only moves both (``rule.joint``), or if a core stands between the factors under a rule for
+        products (not ``rule.factorwise``); the message names the pair.
 
     Notes
     -----
@@ -112,6 +113,11 @@ class FactorOptimizer(BatchedOptimizer[ParameterPair]):
 
     def _check(self, item: ParameterPair, known: dict[nn.Parameter, ParameterPair]) -> None:
         super()._check(item, known)
+        if item.core is not None and not self.rule.factorwise:
+            raise ValueError(
+                f"{name_of(self.rule)} moves a product of two factors, and {item.name} has a core "
+                "between them; take StelLA, PoLAR or AdamW, or give its parameters to others only"
+            )
         if self.rule.joint and not all(factor.requires_grad for factor in item.factors):
             raise ValueError(_joint(self.rule, item))
 

@@ -19,6 +19,9 @@ _PLAIN_VARIANTS = ("ALora", "Dora", "MiCA", "_DoraConvNd")
 class ParameterPair:
     """The two parameters of one adapter, which adds ``scale * up @ down`` to a weight.
 
+    With a core, it adds ``scale * up @ core @ down``, and only rules that make nothing of the
+    product move the pair; see :attr:`~lowrank_sp.updates.rule.Rule.factorwise`.
+
     Parameters
     ----------
     name : str
@@ -29,6 +32,9 @@ class ParameterPair:
         ``A`` in the literature. Kernels of shape (r, channels, k, ...) are read as matrices.
     scale : float
         ``alpha / r`` of LoRA, ``alpha / sqrt(r)`` of rsLoRA.
+    core : Tensor, shape (r,) or (r, r), optional
+        What stands between the factors, a diagonal or a matrix. It is not moved with them: an
+        optimizer takes it among the other parameters.
 
     Raises
     ------
@@ -40,6 +46,7 @@ class ParameterPair:
     up: nn.Parameter
     down: nn.Parameter
     scale: float = 1.0
+    core: Tensor | None = None
 
     roles: ClassVar[tuple[str, ...]] = ("up", "down")
 
@@ -54,6 +61,12 @@ class ParameterPair:
             raise ValueError(
                 f"up and down must be of one floating dtype on one device, got {up.dtype} on "
                 f"{up.device} and {down.dtype} on {down.device} in {self.name}"
+            )
+        rank = self.rank
+        if self.core is not None and self.core.shape not in ((rank,), (rank, rank)):
+            raise ValueError(
+                f"core must be ({rank},) or ({rank}, {rank}), got {tuple(self.core.shape)} in "
+                f"{self.name}"
             )
 
     @property
@@ -77,8 +90,11 @@ class ParameterPair:
         return self.up.shape[0], self.down.shape[1:].numel()
 
     def delta(self) -> Tensor:
-        """The update ``scale * up @ down`` of the weight, shape (m, n)."""
-        return self.scale * (self.up.flatten(1) @ self.down.flatten(1))
+        """The update of the weight, ``scale * up @ down`` or with the core, shape (m, n)."""
+        up, core = self.up.flatten(1), self.core
+        if core is not None:
+            up = up * core if core.ndim == 1 else up @ core
+        return self.scale * (up @ self.down.flatten(1))
 
 
 def lora_pairs(model: nn.Module) -> list[ParameterPair]:
@@ -87,9 +103,10 @@ def lora_pairs(model: nn.Module) -> list[ParameterPair]:
     Layers are recognized by their type, never by the names of their parameters: PEFT's LoRA layers
     on linear maps (GPT-2's transposed ones too), embeddings, convolutions and attention, with all
     their adapters that require a gradient, the products in forms that
-    :func:`~lowrank_sp.torch.attaching.attach` put there, and any module with parameters ``up`` and
-    ``down`` and a number ``scale``. Scales are read off the layers as they are now, so that
-    rank-stabilized scaling and the patterns of ranks and alphas are respected.
+    :func:`~lowrank_sp.torch.attaching.attach` put there, some with a core between the factors, and
+    any module with parameters ``up`` and ``down`` and a number ``scale``. Scales are read off the
+    layers as they are now, so that rank-stabilized scaling and the patterns of ranks and alphas are
+    respected.
 
     Wrap or shard the model first: the pairs refer to its parameters as they are.
 
@@ -141,10 +158,10 @@ def _pairs_of(name: str, module: nn.Module) -> Iterator[ParameterPair]:
     if isinstance(module, Arrays):
         products = list(module.products())
         place = name.removesuffix(".adapter")
-        for first, up, down, scale in products:
+        for first, (up, *core, down), scale in products:
             if _trainable(up, down):
                 full_name = place if len(products) == 1 else f"{place}.{first}"
-                yield ParameterPair(full_name, up, down, scale)
+                yield ParameterPair(full_name, up, down, scale, *core)
         return
     up: Any = getattr(module, "up", None)
     down: Any = getattr(module, "down", None)

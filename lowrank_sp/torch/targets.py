@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_sp.torch.modules import Adapted, Shared, is_linear
+from lowrank_sp.torch.layers import is_linear, why_not
+from lowrank_sp.torch.modules import Adapted, Shared
 
 #: How layers are named: see :func:`lowrank_sp.torch.attaching.attach`.
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -76,22 +77,26 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return below(model, "")
 
 
-def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+def check_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise, with the reason, unless a module can be replaced by one with an adapter."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    reason = None
     if isinstance(module, Adapted):
         reason = "it has an adapter; detach or merge that first"
     elif isinstance(parent, nn.MultiheadAttention):
         reason = "torch.nn.MultiheadAttention takes its weight and does not call it"
     elif isinstance(parent, nn.TransformerEncoderLayer):
         reason = "torch.nn.TransformerEncoderLayer takes its weight past the module in evaluation"
-    elif isinstance(module, nn.Embedding):
-        reason = "an embedding looks up rows, and forms multiply vectors"
-    elif not is_linear(module):
-        reason = f"a form is the update of a matrix, and it is a {type(module).__name__}"
+    else:
+        reason = why_not(module)
     if reason:
         raise ValueError(f"{name} cannot be adapted: {reason}")
+
+
+def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise, with the reason, unless a module can be replaced by another linear layer."""
+    check_adaptable(model, name, module)
+    if not is_linear(module):
+        raise ValueError(f"{name} must be a linear layer, got a {type(module).__name__}")
 
 
 def keywords(data: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -134,8 +139,8 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str,
 
 
 def _unknown(model: nn.Module, target: str, modules: Mapping[str, nn.Module]) -> str:
-    linear = [name for name, m in modules.items() if is_linear(m) or isinstance(m, Adapted)]
-    names = {name: name for name in linear} | {name.rpartition(".")[2]: name for name in linear}
+    layers = [name for name, m in modules.items() if isinstance(m, Adapted) or not why_not(m)]
+    names = {name: name for name in layers} | {name.rpartition(".")[2]: name for name in layers}
     near = get_close_matches(target, list(names), 3, 0.4) or list(names)[:3]
-    hint = f"the nearest names are {', '.join(near)}" if near else "it has no linear layer"
+    hint = f"the nearest names are {', '.join(near)}" if near else "it has no layer to adapt"
     return f"no module of {type(model).__name__} is called {target}; {hint}"

@@ -8,6 +8,7 @@ which Adam moves.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lowrank_sp._arrays import Array, adjoint
 from lowrank_sp.updates.moments import Adam, Moments
@@ -41,6 +42,8 @@ class StelLA(SlotRule):
     lr: float = 5e-4
     moments: Moments = field(default_factory=Adam)
     width: float | None = None
+
+    factorwise: ClassVar[bool] = True
 
     def _metric(self, factors: Pair, grads: Pair, scale: Scalar) -> Pair:  # noqa: ARG002
         return _each(canonical_gradient, factors, grads)
@@ -78,6 +81,8 @@ class PoLAR(SlotRule):
     lr: float = 4e-3
     moments: Moments = field(default_factory=Adam)
     strength: float = 5e-3
+
+    factorwise: ClassVar[bool] = True
 
     def _metric(self, factors: Pair, grads: Pair, scale: Scalar) -> Pair:  # noqa: ARG002
         return _each(lambda x, g: landing(x, g, self.strength), factors, grads)

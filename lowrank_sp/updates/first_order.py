@@ -38,6 +38,8 @@ class GradientDescent(SlotRule):
 
     lr: float = 1e-2
 
+    factorwise: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class AdamW(SlotRule):
@@ -56,6 +58,8 @@ class AdamW(SlotRule):
     lr: float = 1e-3
     moments: Moments = field(default_factory=Adam)
     weight_decay: float = 1e-2
+
+    factorwise: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class LoRAPlus(SlotRule):
     moments: Moments = field(default_factory=Adam)
     weight_decay: float = 0.0
     ratio: float = 16.0
+
+    factorwise: ClassVar[bool] = True
 
     def _move(self, factors: Pair, directions: Pair, *, scale: Scalar, lr: Scalar) -> Pair:  # noqa: ARG002
         return Pair(

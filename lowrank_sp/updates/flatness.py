@@ -34,6 +34,11 @@ class SAM(Wrapper):
     rho: float = 0.05
 
     @property
+    def factorwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the inner rule."""
+        return self.rule.factorwise
+
+    @property
     def invariance(self) -> Gauge:
         return Gauge.NONE if self.rule.invariance is Gauge.NONE else Gauge.UNITARY
 

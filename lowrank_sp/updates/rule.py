@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from lowrank_sp._arrays import Array, as_compute, device, is_array, namespace
 
@@ -47,6 +47,9 @@ class Rule(ABC):
     invariance : Gauge
         What the rule promises; :func:`~lowrank_sp.updates.conformance.conformance` measures it.
     joint : bool
+    factorwise : bool
+        Whether the factors may be those of ``scale * up @ core @ down``: each moves by its own
+        gradient.
 
     Notes
     -----
@@ -70,6 +73,9 @@ class Rule(ABC):
     """
 
     lr: float
+
+    #: Whether nothing is made of ``up @ down``, so that a core may stand between the factors.
+    factorwise: ClassVar[bool] = False
 
     @property
     def joint(self) -> bool:

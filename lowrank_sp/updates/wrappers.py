@@ -62,6 +62,11 @@ class SkipNonFinite(Wrapper):
     (True, 1, 0)
     """
 
+    @property
+    def factorwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the inner rule."""
+        return self.rule.factorwise
+
     def _init(self, factors: Pair) -> State:
         return {"skipped": counter(factors), **self.rule._init(factors)}
 

@@ -17,8 +17,15 @@ from lowrank_sp._arrays import (
     slices,
 )
 from lowrank_sp.adapters.algebra.sums import resize
-from lowrank_sp.adapters.forms._draws import Like, factor_scale, kaiming_uniform, zeros
+from lowrank_sp.adapters.forms._draws import (
+    Like,
+    check_array,
+    factor_scale,
+    kaiming_uniform,
+    zeros,
+)
 from lowrank_sp.adapters.forms._parts import Fixed, Parts, Trained
+from lowrank_sp.adapters.initializers._start import check_finite
 from lowrank_sp.factors import Factored, LowRank
 from lowrank_sp.linalg.svd import minor_svd, truncated_svd
 from lowrank_sp.operators import LinearOperator
@@ -35,9 +42,9 @@ class Form(Parts, ABC):
     ``apply(x)`` is ``x @ delta.T``.
     """
 
-    #: Names of the trained arrays that are factors ``(up, down)`` of a product, for rules that move
-    #: both by their product.
-    products: ClassVar[tuple[tuple[str, str], ...]] = ()
+    #: Names of the arrays that are factors of products, for rules that move both together:
+    #: ``(up, down)``, or ``(up, core, down)`` with a trained core between the two.
+    products: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -279,9 +286,12 @@ def _rows(delta: Delta) -> Callable[[slice], Array]:
 
 
 def check_weight(weight: Any, form: str) -> Array:
-    """``weight`` as a floating matrix, or an error for forms that cannot do without it."""
+    """``weight``, floating and finite, or an error for forms that cannot do without it."""
     if isinstance(weight, tuple):
         raise TypeError(f"{form} is made from the weight itself, got only the shape {weight}")
+    check_array(weight)
     if dtype_name(weight.dtype).startswith(("int", "uint", "bool")):
         raise TypeError(f"weight must be floating, got {dtype_name(weight.dtype)}; dequantize it")
+    if weight.ndim == 2:
+        check_finite(weight)
     return weight

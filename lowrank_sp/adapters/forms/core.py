@@ -81,7 +81,7 @@ class DiagonalCore(Form):
     down: Trained[Array, "r n"]
     scale: float = 1.0
 
-    products = (("up", "down"),)
+    products = (("up", "core", "down"),)
 
     @classmethod
     def create(
@@ -135,6 +135,11 @@ class DiagonalCore(Form):
         layer does not start where it was.
         """
         weight = check_weight(weight, cls.__name__)
+        if weight.ndim == 2 and min(weight.shape) < 2:
+            raise ValueError(
+                f"a weight of shape {' x '.join(map(str, weight.shape))} has one singular triplet, "
+                "and would lose it; it needs at least two rows and two columns"
+            )
         _, like, _ = factor_scale(weight, rank, alpha, min(weight.shape) - 1)
         generator = np.random.default_rng(rng)
         start = kasa(weight, rank, alpha=alpha, rng=generator)
@@ -196,7 +201,7 @@ class FullCore(Sandwich):
     down: Trained[Array, "r n"]
     scale: float = 1.0
 
-    products = (("up", "down"),)
+    products = (("up", "core", "down"),)
 
     @classmethod
     def create(
