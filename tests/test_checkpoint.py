@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out, in any storage, and nothing half-written remains."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -669,6 +670,35 @@ def test_demo_appears_whole_or_not_at_all(model, tmp_path):
     assert checkpoint.Report.load(demo / "pissa" / "report.json").rank == 3
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_runs_at_the_same_time_do_not_touch_each_other(overwrite, tmp_path):
+    """The first to end has the name; the second comes later, or is refused."""
+    out = tmp_path / "out"
+
+    def write(folder, text):
+        (folder / "one").write_text(text)
+        (folder / "report.json").write_text("{}")
+
+    def second(first_done):
+        with atomic_directory(out, overwrite=overwrite, ours=Path.exists) as folder:
+            write(folder, "second")
+            with atomic_directory(out, ours=Path.exists) as other:
+                assert other != folder
+                write(other, "first")
+            assert (folder / "one").read_text() == "second"
+            first_done.append((out / "one").read_text())
+
+    done = []
+    if overwrite:
+        second(done)
+    else:
+        with pytest.raises(CheckpointError, match="exists already; pass --overwrite"):
+            second(done)
+    assert done == ["first"]
+    assert (out / "one").read_text() == ("second" if overwrite else "first")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_killed_process_leaves_nothing_under_the_final_name(model, tmp_path):
     out = tmp_path / "out"
     script = (
@@ -683,8 +713,11 @@ def test_killed_process_leaves_nothing_under_the_final_name(model, tmp_path):
     process.wait()
     process.stdout.close()
     assert not out.exists()
-    assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
+    (left,) = tmp_path.iterdir()
+    assert re.fullmatch(r"\.out\.[0-9a-f]{8}\.partial", left.name)
+    (tmp_path / ".out.mine.partial").mkdir()
     initialize(model, "pissa", out, rank=4)
+    (tmp_path / ".out.mine.partial").rmdir()
     assert verify(out, model).passed
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

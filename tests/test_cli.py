@@ -18,16 +18,16 @@ from lowrank_sp import checkpoint
 from lowrank_sp.adapters import CALIBRATED, INITIALIZERS, statistics
 from lowrank_sp.adapters.compensate import COMPENSATIONS
 from lowrank_sp.adapters.forms import Product
-from lowrank_sp.cli import app, main
+from lowrank_sp.cli import _printing, app, main
 
 
-def errors(*arguments, monkeypatch, capsys):
+def errors(*arguments, monkeypatch, capsys, status=1):
     """The one line that a failing command prints, run in this process."""
     monkeypatch.setattr("sys.argv", ["lowrank-sp", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         main()
     printed = capsys.readouterr()
-    assert stop.value.code == 1
+    assert stop.value.code == status
     assert printed.out == ""
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
@@ -58,7 +58,7 @@ def test_demo_does_the_main_job(tmp_path):
     done = command("demo", "--out", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "model.layers.0.mlp.down_proj" in done.stdout
-    assert "energy: share of ||W||_F^2" in done.stdout
+    assert "energy: share of ||W||_F^2 that these have" in done.stdout
     assert "bound: certified error" in done.stdout
     assert done.stderr.startswith("verified: W = residual + scale * up @ down in 14 layers")
     assert (tmp_path / "demo" / "spectra.png").read_bytes().startswith(b"\x89PNG")
@@ -151,20 +151,25 @@ def test_bad_patterns_are_one_line(patterns, message, model, tmp_path, monkeypat
         (("--alpha", "inf"), "alpha must be positive"),
         (("--alpha", "1e300"), "alpha / rank in 1e-07..1e+07"),
         (("--tol", 0.1), "tol is for pissa only"),
+        (("--targets", "("), "not a regular expression"),
         (("--calibration", "c.safetensors"), "a calibration is for eva, weighted"),
     ],
 )
-def test_bad_numbers_are_one_line(options, message, model, tmp_path, monkeypatch, capsys):
+def test_bad_options_are_one_line_and_status_2(
+    options, message, model, tmp_path, monkeypatch, capsys
+):
     arguments = ("init", "milora", model, "--rank", 4, "--out", tmp_path / "out", *options)
-    assert message in errors(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert message in errors(*arguments, monkeypatch=monkeypatch, capsys=capsys, status=2)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["x.xyz", "x", "none/x.png"])
-def test_figures_that_cannot_be_saved_are_refused_first(name, model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "status"), [("x.xyz", 2), ("x", 2), ("none/x.png", 1)])
+def test_figures_that_cannot_be_saved_are_refused_first(
+    name, status, model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(checkpoint, "spectra", None)
     arguments = ("inspect", model, "--plot", tmp_path / name)
-    assert name in errors(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert name in errors(*arguments, monkeypatch=monkeypatch, capsys=capsys, status=status)
     assert not list(tmp_path.iterdir())
 
 
@@ -189,6 +194,14 @@ def test_changed_tensors_are_named(model, tmp_path):
 
 
 # Jobs on adapters
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another model of the same shape."""
+    folder = tmp_path_factory.mktemp("other")
+    checkpoint.write_demo_model(folder, hidden=48, layers=1, seed=1)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -362,9 +375,8 @@ def test_check_says_what_engines_refuse(adapters, monkeypatch, capsys):
     findings = json.loads(out)["findings"]
     assert code == 1
     assert any(f["severity"] == "error" and "rank" in f["message"] for f in findings)
-    assert "engine must be peft or vllm" in errors(
-        *arguments, "vlm", monkeypatch=monkeypatch, capsys=capsys
-    )
+    line = errors(*arguments, "vlm", monkeypatch=monkeypatch, capsys=capsys, status=2)
+    assert "engine must be one of peft, vllm, got 'vlm'; did you mean vllm?" in line
 
 
 HELP = {
@@ -415,6 +427,8 @@ def test_help_lists_everything():
     ("arguments", "closest"),
     [
         (("init", "pisa", "{model}", "--rank", 2), "pissa"),
+        (("init", "PiSSA", "{model}", "--rank", 2), "pissa"),
+        (("federate", "LoRA-FAIR", "{ann}"), "lora_fair"),
         (("merge", "tie", "{ann}"), "ties"),
         (("share", "cluster", "{ann}", "--rank", 2), "clustered"),
         (("federate", "flexlor", "{ann}"), "flexlora"),
@@ -427,23 +441,93 @@ def test_the_closest_name_is_given(
     arguments, closest, model, adapters, tmp_path, monkeypatch, capsys
 ):
     filled = [str(a).format(model=model, ann=adapters[0]) for a in arguments]
-    line = errors(*filled, "--out", tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)
+    filled += ["--out", tmp_path / "out"]
+    line = errors(*filled, monkeypatch=monkeypatch, capsys=capsys, status=2)
     assert line.endswith(f"did you mean {closest}?\n")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "status"),
     [
-        (("{ann}", "{ann}"), "are both called 'ann'; name them, as in ann1="),
-        (("{ann}", "{bob}", "--weights", "1;2"), "weights must be numbers between commas"),
-        (("{ann}", "{bob}", "--weights", "1"), "weights must be one for each adapter, got 1 for 2"),
-        (("{ann}", "none"), "none/adapter_config.json"),
+        (("merge", "cat", "{ann}", "{ann}"), "both called 'ann'; name them, as in ann1=", 2),
+        (("merge", "cat", "{ann}", "{bob}", "--weights", "1;2"), "must be numbers between", 2),
+        (("merge", "cat", "{ann}", "{bob}", "--weights", "1"), "each adapter, got 1 for 2", 2),
+        (("merge", "cat", "{ann}", "--weights", "1", "0.5"), "such as --weights 0.5,0.5", 2),
+        (("merge", "cat", "{ann}", "none"), "none/adapter_config.json", 1),
+        (("merge", "svd", "{ann}", "--rank", "0"), "rank must be at least 1, got 0", 2),
+        (("resize", "{ann}"), "pass --rank, --tol or --rule", 2),
+        (
+            ("resize", "{ann}", "--rule", "sv_fro", "--threshold", "90"),
+            "threshold of sv_fro: share must be in (0, 1], got 90.0",
+            2,
+        ),
+        (
+            ("resize", "{ann}", "--rule", "sv_ratio", "--threshold", "0.5"),
+            "threshold of sv_ratio: ratio must be finite and above 1, got 0.5",
+            2,
+        ),
+        (("convert", "{ann}", "--to", "kohya"), "pass --prefix: lora_unet, lora_te", 2),
+        (("convert", "a.safetensors"), "pass --prefix: lora_unet, lora_te", 2),
+        (("convert", "{ann}", "--prefix", "lora_te"), "leave out --prefix, or pass --to kohya", 2),
+        (("convert", "{ann}", "--base", "{other}"), "whose tensors are not those of", 1),
+        (("federate", "fedit", "{ann}", "--base", "{model}"), "base is for flora and fedex", 2),
+        (("federate", "flexlora", "{ann}", "--base", "{model}"), "base is for flora and fedex", 2),
+        (("federate", "fedex", "{ann}", "--base", "{other}"), "whose tensors are not those of", 1),
+        (("federate", "rolora", "{ann}", "--frozen", "b"), "frozen must be one of up, down", 2),
+        (
+            ("compress", "{model}", "--keep", "0.5", "--calibration", "nowhere"),
+            "nowhere: no such file\n",
+            1,
+        ),
+        (("compress", "{model}", "--keep", "50", "--calibration", "{moments}"), "keep must be", 2),
+        (("quantize", "{model}", "--rank", "4"), "pass --compensate and --rank, or neither", 2),
+        (("extract", "{model}", "{model}"), "pass --rank or --tol", 2),
+        (
+            ("init", "pissa", "{model}", "--rank", "2", "--targets", "q_proj,v_proj"),
+            "in a regular expression, | means or: q_proj|v_proj\n",
+            1,
+        ),
+        (("init", "pissa", "{model}", "--rank", "49"), "rank must be in 1..48 for shape", 1),
     ],
 )
-def test_bad_adapters_are_one_line(arguments, message, adapters, tmp_path, monkeypatch, capsys):
+def test_errors_name_the_remedy_and_leave_nothing(
+    arguments, message, status, model, other, adapters, moments, tmp_path, monkeypatch, capsys
+):
+    places = {"ann": adapters[0], "bob": adapters[1], "model": model, "other": other}
+    filled = [a.format(**places, moments=moments) for a in arguments]
     monkeypatch.chdir(tmp_path)
-    filled = [a.format(ann=adapters[0], bob=adapters[1]) for a in arguments]
-    line = errors("merge", "cat", *filled, "--out", "out", monkeypatch=monkeypatch, capsys=capsys)
+    line = errors(*filled, "--out", "out", monkeypatch=monkeypatch, capsys=capsys, status=status)
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_verify_says_what_it_verifies(adapters, model, tmp_path, monkeypatch, capsys):
+    checkpoint.resize(adapters[0], tmp_path / "small", rank=1)
+    arguments = ("verify", tmp_path / "small", "--base", model)
+    line = errors(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert line.endswith("the report of 'resize'; only what init wrote can be verified\n")
+
+
+@pytest.mark.parametrize("words", [("--rnak", 4), ("--rank", "four"), ("--rank",)])
+def test_options_that_are_not_understood_are_status_2(words, model, tmp_path):
+    done = command("init", "pissa", model, "--out", "out", *words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("words", [("-h",), ("--help",), ("merge", "-h")])
+def test_the_module_is_the_command_and_helps(words, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "lowrank_sp", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: " in done.stdout
+
+
+def test_every_job_says_what_its_numbers_are():
+    jobs = set(HELP) - READS_ONLY - {"init", "demo"}
+    assert set(_printing._MEANINGS) == jobs

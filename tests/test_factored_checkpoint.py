@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -54,6 +55,10 @@ def weights(folder):
     return {x.name: x.tensor.read() for x in Checkpoint(folder).layers()}
 
 
+def ranks(report):
+    return {row.name: row.rank for row in report.layers}
+
+
 def sizes(folder):
     """Parameters by tensor, as the files have them."""
     return {k: math.prod(t.shape) for k, t in Checkpoint(folder).tensors.items()}
@@ -61,44 +66,68 @@ def sizes(folder):
 
 @pytest.mark.parametrize("keep", [0.35, 0.6, 0.9])
 def test_the_budget_is_met_in_the_file(keep, model, tmp_path):
-    plan = compress(model, tmp_path / "out", moments(model), keep=keep)
+    report = compress(model, tmp_path / "out", moments(model), keep=keep)
     before, after = sizes(model), sizes(tmp_path / "out")
     every = weights(model)
     total = sum(w.size for w in every.values())
     others = sum(before.values()) - total
-    assert sum(after.values()) - others == plan.parameters <= keep * total
-    assert plan.parameters > keep * total - sum(max(w.shape) * 2 for w in every.values())
-    assert set(plan.ranks) | set(plan.dense) == set(every)
-    for name in plan.ranks:
+    assert report.totals["parameters_before"] == total
+    parameters = report.totals["parameters"]
+    assert sum(after.values()) - others == parameters <= keep * total
+    assert parameters > keep * total - sum(max(w.shape) * 2 for w in every.values())
+    dense = report.notes.get("layers that stay as they are", [])
+    assert ranks(report).keys() | set(dense) == set(every)
+    for name in ranks(report):
         assert f"{name}.weight" not in after
 
 
 def test_factors_are_those_of_svd_llm(model, tmp_path):
-    plan = compress(model, tmp_path / "out", moments(model), keep=0.5)
-    losses = []
-    for name, f in read_factored(tmp_path / "out").items():
-        w, c = weights(model)[name], moments(model)[name].mean
-        expected, error = svd_llm(w, plan.ranks[name], second_moment=c)
-        assert f.rank == plan.ranks[name]
+    report = compress(model, tmp_path / "out", moments(model), keep=0.5)
+    found, losses = read_factored(tmp_path / "out"), []
+    for row in report.layers:
+        w, c = weights(model)[row.name], moments(model)[row.name].mean
+        expected, error = svd_llm(w, row.rank, second_moment=c)
+        f = found.pop(row.name)
+        assert f.rank == row.rank
         assert_same_product(expected, f, tol=1e-4)
-        losses.append((error / lr.output_norm(w, covariance=c)) ** 2)
-    assert abs(sum(losses) ** 0.5 - plan.error) <= 1e-3 * plan.error
-    assert plan.bound <= plan.error
+        norm = lr.output_norm(w, covariance=c)
+        assert abs(row.norm - norm) <= 1e-5 * norm
+        assert abs(row.error - error) <= 1e-3 * error
+        losses.append(row.relative_error**2)
+    assert not found
+    error = np.sqrt(np.sum(losses) / len(weights(model)))
+    assert abs(report.totals["error"] - error) <= 1e-3 * error
+    assert report.totals["bound"] <= report.totals["error"]
+    assert checkpoint.JobReport.load(tmp_path / "out" / "report.json").totals == report.totals
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_errors_are_those_of_the_stored_factors(dtype, tmp_path):
+    w = lr.truncated_svd(gaussian(30, 40), 4, rng=0).to_dense().astype(dtype)
+    save_file({"a.weight": w}, tmp_path / "model.safetensors")
+    moment = SecondMoment.of(gaussian(200, 40))
+    report = compress(tmp_path / "model.safetensors", tmp_path / "out", {"a": moment}, keep=0.3)
+    (row,), (f,) = report.layers, read_factored(tmp_path / "out").values()
+    up, down = (np.asarray(part, np.float64) for part in (f.left, f.right))
+    rest = w.astype(np.float64) - up @ down
+    error = np.sqrt(np.trace(rest @ moment.mean @ rest.T))
+    assert error > 0.1 * float(ml_dtypes.finfo(dtype).eps) * row.norm
+    assert abs(row.error - error) <= 1e-4 * error
 
 
 def test_all_else_is_as_it_was(model, tmp_path):
-    plan = compress(model, tmp_path / "out", moments(model), keep=0.5)
+    report = compress(model, tmp_path / "out", moments(model), keep=0.5)
     before, after = (
         load_file(model / "model.safetensors"),
         load_file(tmp_path / "out" / "model.safetensors"),
     )
     for name in before.keys() & after.keys():
         np.testing.assert_array_equal(before[name], after[name])
-    changed = {f"{name}.weight" for name in plan.ranks}
+    changed = {f"{name}.weight" for name in ranks(report)}
     assert before.keys() - after.keys() == changed
     assert (tmp_path / "out" / "tokenizer" / "vocab.txt").read_text() == "a\nb\n"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config.pop("factored") == {"ranks": dict(plan.ranks)}
+    assert config.pop("factored") == {"ranks": ranks(report)}
     assert config == json.loads((model / "config.json").read_text())
 
 
@@ -152,8 +181,8 @@ def test_overwriting(model, tmp_path):
     compress(model, out, moments(model), keep=0.4)
     with pytest.raises(CheckpointError, match="exists already"):
         compress(model, out, moments(model), keep=0.5)
-    plan = compress(model, out, moments(model), keep=0.5, overwrite=True)
-    assert {name: f.rank for name, f in read_factored(out).items()} == plan.ranks
+    report = compress(model, out, moments(model), keep=0.5, overwrite=True)
+    assert {name: f.rank for name, f in read_factored(out).items()} == ranks(report)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="replaces only what an earlier run wrote"):
@@ -214,6 +243,28 @@ def test_factors_that_do_not_fit(model, tmp_path):
         read_factored(tmp_path / "out")
 
 
+JOBS = {
+    "init": lambda path, out: checkpoint.initialize(path, "pissa", out, rank=2),
+    "inspect": lambda path, out: checkpoint.spectra(path),  # noqa: ARG005
+    "quantize": lambda path, out: checkpoint.quantize(path, out),
+    "compress": lambda path, out: compress(path, out, {}, keep=0.5),
+    "extract": lambda path, out: checkpoint.extract(path, path, out, rank=2),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("part", ["", "model.safetensors"])
+def test_a_compressed_model_is_refused_where_weights_are_read(job, part, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    f = lr.truncated_svd(gaussian(HIDDEN, HIDDEN), 2, rng=0).split()
+    name = "model.layers.0.self_attn.q_proj"
+    write_factored(model, tmp_path / "small", {name: f})
+    text = rf"a compressed model, .* weight of {name} \(1 such layers\); pass the model"
+    with pytest.raises(CheckpointError, match=text):
+        JOBS[job](tmp_path / "small" / part, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "small"]
+
+
 # PyTorch.
 
 
@@ -223,7 +274,7 @@ def assert_same(actual, expected, depth):
 
 
 def test_a_llama_loads_and_computes_the_same(model, tmp_path):
-    plan = compress(model, tmp_path / "out", moments(model), keep=0.5)
+    report = compress(model, tmp_path / "out", moments(model), keep=0.5)
     dense = LlamaForCausalLM.from_pretrained(model).eval()
     for name, f in read_factored(tmp_path / "out").items():
         product = f.to_dense().astype(np.float32)
@@ -232,7 +283,7 @@ def test_a_llama_loads_and_computes_the_same(model, tmp_path):
     fresh = LlamaForCausalLM(dense.config).eval()
     loaded = load_factored_(fresh, tmp_path / "out")
     layers = {k: m for k, m in loaded.named_modules() if isinstance(m, FactoredLinear)}
-    assert {k: m.rank for k, m in layers.items()} == plan.ranks
+    assert {k: m.rank for k, m in layers.items()} == ranks(report)
     assert not any(m.training for m in layers.values())
     tokens = torch.arange(12)[None]
     with torch.no_grad():
@@ -250,8 +301,8 @@ def test_gpt2_with_its_transposed_layers_and_tied_head(tmp_path):
     targets = ["c_attn", "c_fc"]
     with torch.no_grad(), collect_inputs(original, SecondMoment.of, targets=targets) as seen:
         original(torch.randint(40, (4, 16)))
-    plan = compress(tmp_path / "model", tmp_path / "out", seen, keep=0.5, targets="c_attn|c_fc")
-    assert plan.ranks
+    report = compress(tmp_path / "model", tmp_path / "out", seen, keep=0.5, targets="c_attn|c_fc")
+    assert report.layers
     for name, f in read_factored(tmp_path / "out").items():
         product = f.to_dense().astype(np.float32)
         original.get_submodule(name).weight.data = torch.from_numpy(product.T.copy())
@@ -352,9 +403,9 @@ def test_a_whole_gpt2_with_everything_dense_is_itself(tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=20, n_positions=8)
     GPT2Model(config).save_pretrained(tmp_path / "model")
-    plan = compress(tmp_path / "model", tmp_path / "out", moments(tmp_path / "model"), keep=1.0)
-    assert not plan.ranks
-    assert plan.error == plan.bound == 0.0
+    report = compress(tmp_path / "model", tmp_path / "out", moments(tmp_path / "model"), keep=1.0)
+    assert not report.layers
+    assert report.totals["error"] == report.totals["bound"] == 0.0
     one, two = (load_file(tmp_path / k / "model.safetensors") for k in ("model", "out"))
     assert one.keys() == two.keys()
     for name, array in one.items():

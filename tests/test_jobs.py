@@ -519,8 +519,8 @@ def test_kohya_and_back(model, adapters, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "kohya"}, "a prefix such as lora_unet is for files of kohya"),
-        ({"prefix": "lora_unet"}, "a prefix such as lora_unet is for files of kohya"),
+        ({"to": "kohya"}, "pass --prefix: lora_unet, lora_te"),
+        ({"prefix": "lora_unet"}, "a prefix is for names in files of kohya, got 'lora_unet'"),
         ({"to": "koya"}, "to must be one of peft, kohya, got 'koya'; did you mean kohya"),
     ],
 )
@@ -715,8 +715,11 @@ def test_what_torch_collects_is_a_calibration_file(model, tmp_path):
     save_file({k: v.numpy(force=True) for k, v in statistics.pack(seen).items()}, file)
     checkpoint.initialize(model, "weighted", tmp_path / "out", rank=4, calibration=file)
     assert checkpoint.verify(tmp_path / "out", model).passed
-    plan = checkpoint.compress(model, tmp_path / "small", checkpoint.SecondMoments(file), keep=0.5)
-    assert set(plan.ranks) | set(plan.dense) == set(targets)
+    moments = checkpoint.SecondMoments(file)
+    report = checkpoint.compress(model, tmp_path / "small", moments, keep=0.5)
+    dense = report.notes.get("layers that stay as they are", [])
+    assert {row.name for row in report.layers} | set(dense) == set(targets)
+    assert_reported(report, tmp_path / "small")
 
 
 def test_second_moments_come_with_their_samples(calibration, tmp_path):
@@ -818,12 +821,16 @@ def test_every_way_to_aggregate_is_tried():
 def test_federate_is_the_function_on_every_layer(method, model, clients, tmp_path):
     weights, options, out = [0.25, 0.75], ROUND_OPTIONS[method], tmp_path / "out"
     report = checkpoint.federate(clients, out, method=method, weights=weights, **options)
-    updated = checkpoint.federate(
-        clients, tmp_path / "based", method=method, weights=weights, base=model, **options
-    )
-    assert [replace(r, seconds=0) for r in report.layers] == [
-        replace(r, seconds=0) for r in updated.layers
-    ]
+    corrected = method in ("flora", "fedex")
+    based = {"method": method, "weights": weights, "base": model, **options}
+    if corrected:
+        updated = checkpoint.federate(clients, tmp_path / "based", **based)
+        assert [replace(r, seconds=0) for r in report.layers] == [
+            replace(r, seconds=0) for r in updated.layers
+        ]
+    else:
+        with pytest.raises(CheckpointError, match="base is for flora and fedex only"):
+            checkpoint.federate(clients, tmp_path / "based", **based)
     sources = [parts(path) for path in clients.values()]
     for layer in NAMES:
         own = [source[layer] for source in sources]
@@ -848,7 +855,6 @@ def test_federate_is_the_function_on_every_layer(method, model, clients, tmp_pat
             assert row.norm == pytest.approx(np.linalg.norm(mean), rel=1e-5)
             lost = np.linalg.norm(mean - total)
             assert row.error == pytest.approx(lost, rel=1e-3, abs=100 * EPS * row.norm)
-    corrected = method in ("flora", "fedex")
     assert (out / "correction").exists() == (tmp_path / "based" / "base").exists() == corrected
     assert (out / "adapter").exists() == (method not in ("flora", "flexlora"))
     assert_reported(report, out)
@@ -875,7 +881,7 @@ def test_rounds_that_do_not_fit_are_refused(model, clients, adapters, tmp_path):
     refused("weights must sum to 1, got 1.5", weights=[0.5, 1.0])
     refused("weights must be one for each adapter, got 1 for 2", weights=[1.0])
     refused("rolora needs the factor that was frozen", method="rolora")
-    refused("frozen must be 'up' or 'down', got 'both'", method="rolora", frozen="both")
+    refused("frozen must be one of up, down, got 'both'", method="rolora", frozen="both")
     refused("rank is for fedex, flora_na only, got rank 2 for fedit", rank=2)
     refused("up must be frozen, but that of client 1 differs", method="rolora", frozen="up")
     refused(r"mlp\.down_proj: all clients must have the same layers, but bob lacks", adapters)
@@ -884,7 +890,7 @@ def test_rounds_that_do_not_fit_are_refused(model, clients, adapters, tmp_path):
         name: write(tmp_path / name, parts(path), fingerprint="sha256:0")
         for name, path in clients.items()
     }
-    refused("is not the base that one was made for", one, base=other.path)
+    refused("one: made for .*, whose tensors are not", one, method="fedex", base=other.path)
 
 
 # Bounded memory
@@ -939,7 +945,7 @@ def test_nothing_of_the_size_of_a_weight_is_formed(job, tmp_path):
         ),
         (
             lambda a, o: checkpoint.resize(a["ann"], o, rule="sv_ratio", threshold=0.5),
-            r"model\.layers\.0\.mlp\.down_proj: ratio must be finite and above 1, got 0.5",
+            "threshold of sv_ratio: ratio must be finite and above 1, got 0.5",
         ),
         (lambda a, o: checkpoint.resize(a["ann"].parent, o, rank=1), "adapter_config.json"),
         (lambda a, o: checkpoint.merge(a, o, method="tiez"), "got 'tiez'; did you mean ties?"),

@@ -161,7 +161,28 @@ def test_fingerprints_tell_bases_apart(folder, model):
         change(folder, metadata={"base_fingerprint": wanted})
         found = preflight(folder, engine="peft", model=model)
         assert len(found) == count
-        assert all("made for the base" in str(f) for f in found)
+        assert all("made for base, whose tensors are not those of" in str(f) for f in found)
+
+
+def test_without_a_fingerprint_the_base_is_found_by_its_name(folder, model, tmp_path):
+    """PEFT does not keep the fingerprint; a name on a hub decides nothing."""
+    tensors = load_file(model.path)
+    save_file(tensors, tmp_path / "copy.safetensors")
+    save_file({k: 2 * v for k, v in tensors.items()}, tmp_path / "other.safetensors")
+    (tmp_path / "no model").mkdir()
+    for name, count in {"model": 0, "copy": 0, "other": 1, "missing": 0}.items():
+        change(folder, {"base_model_name_or_path": str(tmp_path / f"{name}.safetensors")})
+        found = preflight(folder, engine="peft", model=model)
+        assert len(found) == count, name
+        assert all("other.safetensors, whose tensors are not those" in str(f) for f in found)
+    for name in (str(tmp_path / "no model"), None, 5):
+        change(folder, {"base_model_name_or_path": name})
+        assert preflight(folder, engine="peft", model=model) == []
+
+
+def test_a_missing_adapter_is_named_by_its_directory(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no such adapter config; is it the right directory"):
+        preflight(tmp_path / "nowhere", engine="peft")
 
 
 def test_arguments_that_no_engine_takes(folder):

@@ -6,11 +6,11 @@ from lowrank_sp.checkpoint.bank import read_bank as read_bank
 from lowrank_sp.checkpoint.bank import write_bank as write_bank
 from lowrank_sp.checkpoint.calibration import Calibration as Calibration
 from lowrank_sp.checkpoint.calibration import SecondMoments as SecondMoments
+from lowrank_sp.checkpoint.compress import compress as compress
 from lowrank_sp.checkpoint.convert import convert as convert
 from lowrank_sp.checkpoint.demo import run_demo as run_demo
 from lowrank_sp.checkpoint.demo import write_demo_model as write_demo_model
 from lowrank_sp.checkpoint.extract import extract as extract
-from lowrank_sp.checkpoint.factored import compress as compress
 from lowrank_sp.checkpoint.factored import read_factored as read_factored
 from lowrank_sp.checkpoint.factored import write_factored as write_factored
 from lowrank_sp.checkpoint.federate import AGGREGATES as AGGREGATES
@@ -43,6 +43,7 @@ from lowrank_sp.checkpoint.spectra import save_spectra as save_spectra
 from lowrank_sp.checkpoint.spectra import spectra as spectra
 from lowrank_sp.checkpoint.spectra import suggest_ranks as suggest_ranks
 from lowrank_sp.checkpoint.tensors import CheckpointError as CheckpointError
+from lowrank_sp.checkpoint.tensors import OptionError as OptionError
 from lowrank_sp.checkpoint.tensors import Tensor as Tensor
 from lowrank_sp.checkpoint.tensors import read_object as read_object
 from lowrank_sp.checkpoint.verify import LayerCheck as LayerCheck

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lowrank_sp.adapters.forms import Form, Product
+from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.tensors import CheckpointError
 
 
@@ -57,6 +59,55 @@ class Adapter:
                 )
             products[name] = form
         return products
+
+
+def base_mismatch(model: Checkpoint, *, base: str | None, fingerprint: str | None) -> str | None:
+    """Why a model is not the base that an adapter was made for; None where it may be.
+
+    Fingerprints decide, for which all of the model is read: that of the adapter; or, where it has
+    none, as after training in PEFT, that of its base, if it is found here under its name. A name
+    alone, such as one on a hub, decides nothing.
+
+    Parameters
+    ----------
+    model : Checkpoint
+    base, fingerprint : str, optional
+        As in :class:`Adapter`.
+    """
+    wanted = _fingerprint_of(base, model) if fingerprint is None else fingerprint
+    if wanted is None or wanted == model.fingerprint():
+        return None
+    return f"made for {base or 'another base'}, whose tensors are not those of {model.path}"
+
+
+def _fingerprint_of(base: str | None, model: Checkpoint) -> str | None:
+    """Of another model on this machine, by its name."""
+    if not isinstance(base, str) or not Path(base).exists() or Path(base).samefile(model.path):
+        return None
+    try:
+        return Checkpoint(base).fingerprint()
+    except CheckpointError:
+        return None
+
+
+def check_base(model: Checkpoint, adapters: Mapping[str, Adapter]) -> None:
+    """Raise unless a model may be the base of all adapters: see :func:`base_mismatch`.
+
+    Parameters
+    ----------
+    model : Checkpoint
+    adapters : mapping from str to Adapter
+        By the name that errors give them.
+
+    Raises
+    ------
+    CheckpointError
+        Which names the adapter.
+    """
+    for name, adapter in adapters.items():
+        reason = base_mismatch(model, base=adapter.base, fingerprint=adapter.fingerprint)
+        if reason is not None:
+            raise CheckpointError(f"{name}: {reason}")
 
 
 def check_same_base(adapters: Mapping[str, Adapter]) -> None:

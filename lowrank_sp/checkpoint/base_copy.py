@@ -33,6 +33,10 @@ class BaseCopy:
         """The copy, or the checkpoint while nothing was changed."""
         return self._folder if self.changed else self._checkpoint.path
 
+    def fingerprint(self) -> str:
+        """Of the model as it is now."""
+        return Checkpoint(self.path).fingerprint()
+
     def replace(self, layer: Layer, stored: np.ndarray) -> None:
         """Overwrite the weight of a layer with what :meth:`Tensor.encode` made of another one."""
         if not self.changed:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_sp.adapters.statistics import SecondMoment
-from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header
+from lowrank_sp.checkpoint.tensors import CheckpointError, OptionError, Tensor, read_header
 
 _INTEGERS = {"I32": "<i4", "I64": "<i8"}
 
@@ -102,9 +102,9 @@ def calibration_for(
     needed = statistics[method]
     if needed is None and path is not None:
         takers = ", ".join(name for name, statistic in statistics.items() if statistic is not None)
-        raise CheckpointError(f"a calibration is for {takers} only, got {path} for {method}")
+        raise OptionError(f"a calibration is for {takers} only, got {path} for {method}")
     if needed is not None and path is None:
-        raise CheckpointError(
+        raise OptionError(
             f"{method} needs the {needed} of every layer; pass --calibration FILE.safetensors"
         )
     return None if needed is None or path is None else Calibration(path, needed)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lowrank_sp._arrays import frobenius
 from lowrank_sp.adapters import algebra
 from lowrank_sp.adapters.forms import Form, Product
-from lowrank_sp.checkpoint.adapter import Adapter, check_same_base
+from lowrank_sp.checkpoint.adapter import Adapter, check_base, check_same_base
 from lowrank_sp.checkpoint.job import (
     Adapted,
     Progress,
@@ -28,7 +28,7 @@ from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.output import final_path
 from lowrank_sp.checkpoint.peft import read_adapter
 from lowrank_sp.checkpoint.report import REPORT, JobReport, Report
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import CheckpointError, OptionError
 from lowrank_sp.factors import SVD, Factored, LowRank
 from lowrank_sp.operators import LinearOperator
 from lowrank_sp.tasks import Executor
@@ -96,16 +96,23 @@ def convert(
     check_size(rank, tol)
     check_choice(to, ("peft", "kohya"), "to")
     is_file = Path(adapter).suffix == ".safetensors"
-    if (prefix is not None) != (is_file or to == "kohya"):
-        raise CheckpointError(
-            f"a prefix such as lora_unet is for files of kohya, which need it, got {prefix!r}; "
-            "pass --prefix with them only"
+    if prefix is None and (is_file or to == "kohya"):
+        raise OptionError(
+            "names in files of kohya begin with the model that they are for; pass --prefix: "
+            "lora_unet, lora_te (text encoders), lycoris, or another"
+        )
+    if prefix is not None and not (is_file or to == "kohya"):
+        raise OptionError(
+            f"a prefix is for names in files of kohya, got {prefix!r} for directories of PEFT; "
+            "leave out --prefix, or pass --to kohya"
         )
     inputs = {"adapter": adapter, "start": start, "base": base}
     inputs = {name: path for name, path in inputs.items() if path is not None}
     model = None if base is None else Checkpoint(base)
     if start is None:
         trained = _read(Path(adapter), model, prefix)
+        if model is not None:
+            check_base(model, {str(adapter): trained})
 
         def arguments(name: str) -> tuple[Any, ...]:
             return trained.layers[name], rank, tol
@@ -154,18 +161,24 @@ class _Origin(NamedTuple):
 
 
 def _origin(start: Path, model: Checkpoint | None) -> _Origin:
-    """The model that was initialized."""
-    if model is not None:
-        return _Origin(str(final_path(model.path)), model.fingerprint())
-    beside = start.absolute().parent / REPORT
+    """The model that was initialized: by the report beside the untrained adapter, or as given."""
     try:
-        report = Report.load(beside)
+        report = Report.load(start.absolute().parent / REPORT)
     except CheckpointError as error:
+        if model is None:
+            raise CheckpointError(
+                f"{start}: no report of init beside it says what the original model was; "
+                "pass --base"
+            ) from error
+        return _Origin(str(final_path(model.path)), model.fingerprint())
+    if model is None:
+        return _Origin(report.model, report.fingerprint)
+    if model.fingerprint() != report.fingerprint:
         raise CheckpointError(
-            f"{start}: no report of an initialization beside it says what the original model was; "
-            "pass --base"
-        ) from error
-    return _Origin(report.model, report.fingerprint)
+            f"{model.path}: not the model that {start} was initialized from, which was "
+            f"{report.model}; pass that one, or leave out --base"
+        )
+    return _Origin(str(final_path(model.path)), report.fingerprint)
 
 
 def _check_start(both: dict[str, Adapter]) -> None:

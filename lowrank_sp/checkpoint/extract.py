@@ -25,7 +25,7 @@ from lowrank_sp.checkpoint.job import (
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.output import final_path
 from lowrank_sp.checkpoint.report import JobReport
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import CheckpointError, OptionError
 from lowrank_sp.tasks import Executor
 
 
@@ -78,9 +78,7 @@ def extract(
         left behind.
     """
     if rank is None and tol is None:
-        raise CheckpointError(
-            "extract needs a rank, a tol or both, got neither; pass --rank or --tol"
-        )
+        raise OptionError("extract needs a rank, a tol or both, got neither; pass --rank or --tol")
     check_size(rank, tol)
     new, old = Checkpoint(tuned), Checkpoint(base)
     layers = {

@@ -16,119 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_sp._arrays import to_host
-from lowrank_sp.adapters.compress import RankPlan, output_spectrum, plan_ranks, svd_llm
-from lowrank_sp.adapters.statistics import SecondMoment
+from lowrank_sp._arrays import as_compute
 from lowrank_sp.checkpoint.base_copy import side_files
-from lowrank_sp.checkpoint.job import Progress, per_layer, seeds
-from lowrank_sp.checkpoint.model import INDEX, Checkpoint, Layer
+from lowrank_sp.checkpoint.model import INDEX, Checkpoint
 from lowrank_sp.checkpoint.output import atomic_directory
 from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_object
 from lowrank_sp.factors import LowRank
-from lowrank_sp.tasks import Executor
 
 _KEY = "factored"
-
-
-def compress(
-    model: str | Path,
-    out: str | Path,
-    second_moments: Mapping[str, SecondMoment],
-    *,
-    keep: float,
-    targets: str | None = None,
-    fan_in_fan_out: bool | None = None,
-    relative: bool = True,
-    seed: int = 0,
-    overwrite: bool = False,
-    executor: Executor | None = None,
-    ahead: int = 4,
-    progress: Progress | None = None,
-) -> RankPlan:
-    """Compress the linear layers of a checkpoint to a share of their parameters.
-
-    Ranks by :func:`~lowrank_sp.adapters.compress.plan_ranks` from the spectra of the outputs, then
-    :func:`~lowrank_sp.adapters.compress.svd_llm` of every layer; PyTorch is not needed.
-
-    Parameters
-    ----------
-    model : path
-        A model directory of Hugging Face layout, or one ``.safetensors`` file.
-    out : path
-        Directory to create: the files of ``model``, with two factors in place of weights. It
-        appears at the end, whole.
-    second_moments : mapping from layer to SecondMoment
-        Of all layers that are meant, of at least as many samples as the layer has inputs: from
-        :func:`lowrank_sp.torch.collect_inputs`, or by
-        :func:`~lowrank_sp.adapters.statistics.unpack` from a file.
-    keep : float
-        In (0, 1]: the share of the parameters of these layers to keep, biases left out.
-    targets : str, optional
-        Regular expression for the names of layers; by default all linear layers.
-    fan_in_fan_out : bool, optional
-        Whether weights are stored inputs by outputs; by default what the model's configuration
-        implies (GPT-2).
-    relative : bool
-        As in :func:`~lowrank_sp.adapters.compress.plan_ranks`.
-    seed : int
-        Every layer draws from its own child, so the executor does not change results.
-    overwrite : bool
-        Whether to replace ``out``, if it is empty or a factored checkpoint.
-    executor : Executor, optional
-        Where to factorize: any executor with ``submit``, with access to the files of ``model``.
-    ahead : int
-        Layers in work at a time with an executor.
-    progress : callable, optional
-        Called as ``progress(done, total, name)``, once for the spectra and once for the factors.
-
-    Returns
-    -------
-    RankPlan
-        The ranks, with the error that they make and a bound of what any ranks could make.
-
-    Raises
-    ------
-    CheckpointError
-        For anything wrong with the checkpoint, the second moments, the budget or the output
-        directory. Nothing is left behind.
-    """
-    checkpoint = Checkpoint(model)
-    layers = {x.name: x for x in checkpoint.layers(targets, fan_in_fan_out=fan_in_fan_out)}
-    missing = [name for name in layers if name not in second_moments]
-    if missing:
-        raise CheckpointError(
-            f"there is no second moment of {missing[0]} ({len(missing)} such); collect it, or "
-            "choose other targets"
-        )
-    for name, layer in layers.items():
-        count, n = second_moments[name].count, layer.shape[1]
-        if count < n:
-            raise CheckpointError(
-                f"{name}: too few samples: its second moment has seen {count}, fewer than the "
-                f"layer has inputs, and what it has not seen would be lost; feed at least {n}"
-            )
-    if not 0 < keep <= 1:
-        raise CheckpointError(f"keep must be in (0, 1], got {keep}")
-    steps = {"executor": executor, "ahead": ahead, "progress": progress}
-
-    def given(name: str) -> tuple[Layer, np.ndarray]:
-        return layers[name], to_host(second_moments[name].mean)
-
-    spectra = {done.name: done.value for done in per_layer(_spectrum, layers, given, **steps)}
-    shapes = {name: layer.shape for name, layer in layers.items()}
-    budget = int(keep * sum(m * n for m, n in shapes.values()))
-    try:
-        plan = plan_ranks(spectra, shapes, budget, relative=relative)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    children = seeds(seed, list(layers))
-
-    def chosen(name: str) -> tuple[Any, ...]:
-        return *given(name), plan.ranks[name], children[name]
-
-    factors = {done.name: done.value for done in per_layer(_factors, plan.ranks, chosen, **steps)}
-    write_factored(model, out, factors, fan_in_fan_out=fan_in_fan_out, overwrite=overwrite)
-    return plan
 
 
 def write_factored(
@@ -163,6 +58,19 @@ def write_factored(
         its dtype. Nothing is left behind.
     """
     checkpoint = Checkpoint(model)
+    inputs = [checkpoint.path, *checkpoint.files]
+    with atomic_directory(out, overwrite=overwrite, inputs=inputs, ours=is_factored) as folder:
+        save_factored(folder, checkpoint, factors, fan_in_fan_out=fan_in_fan_out)
+
+
+def save_factored(
+    folder: Path,
+    checkpoint: Checkpoint,
+    factors: Mapping[str, LowRank],
+    *,
+    fan_in_fan_out: bool | None = None,
+) -> None:
+    """Write what :func:`write_factored` does into an empty directory."""
     ranks = dict(_ranks_in(checkpoint.config) or {})
     new: dict[str, list[_Entry]] = {}
     for name, f in factors.items():
@@ -174,25 +82,23 @@ def write_factored(
             _encoded(layer.tensor, f"{name}.{part}", values)
             for part, values in (("up", f.left), ("down", f.right))
         ]
-    inputs = [checkpoint.path, *checkpoint.files]
-    with atomic_directory(out, overwrite=overwrite, inputs=inputs, ours=is_factored) as folder:
-        if checkpoint.path.is_dir():
-            for item in side_files(checkpoint.path):
-                target = folder / item.relative_to(checkpoint.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(item, target)
-        where, size = {}, 0
-        for file in checkpoint.files:
-            own = [t for t in checkpoint.tensors.values() if t.path == file]
-            entries = [entry for t in own for entry in new.get(t.name, [_Entry.of(t)])]
-            _write(folder / file.name, entries)
-            where |= dict.fromkeys((entry.name for entry in entries), file.name)
-            size += sum(entry.size for entry in entries)
-        if (checkpoint.path / INDEX).is_file():
-            index = {"metadata": {"total_size": size}, "weight_map": where}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        config = {**checkpoint.config, _KEY: {"ranks": ranks}}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if checkpoint.path.is_dir():
+        for item in side_files(checkpoint.path):
+            target = folder / item.relative_to(checkpoint.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(item, target)
+    where, size = {}, 0
+    for file in checkpoint.files:
+        own = [t for t in checkpoint.tensors.values() if t.path == file]
+        entries = [entry for t in own for entry in new.get(t.name, [_Entry.of(t)])]
+        _write(folder / file.name, entries)
+        where |= dict.fromkeys((entry.name for entry in entries), file.name)
+        size += sum(entry.size for entry in entries)
+    if (checkpoint.path / INDEX).is_file():
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    config = {**checkpoint.config, _KEY: {"ranks": ranks}}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_factored(path: str | Path) -> dict[str, LowRank]:
@@ -221,6 +127,13 @@ def read_factored(path: str | Path) -> dict[str, LowRank]:
     return layers
 
 
+def as_stored(f: LowRank, weight: Tensor) -> LowRank:
+    """Factors rounded to the dtype of a weight, as those in its place will be."""
+    parts = ((replace(weight, shape=tuple(part.shape)), part) for part in (f.left, f.right))
+    left, right = (as_compute(tensor.decode(tensor.encode(part))) for tensor, part in parts)
+    return LowRank(left, right)
+
+
 def is_factored(path: Path) -> bool:
     """Whether a directory is a factored checkpoint."""
     try:
@@ -234,24 +147,6 @@ def _ranks_in(config: Mapping[str, Any]) -> dict[str, int] | None:
     ranks = entry.get("ranks") if isinstance(entry, dict) else None
     valid = isinstance(ranks, dict) and all(type(rank) is int for rank in ranks.values())
     return ranks if valid else None
-
-
-def _spectrum(layer: Layer, second_moment: np.ndarray) -> np.ndarray:
-    return output_spectrum(_weight(layer), second_moment=second_moment)
-
-
-def _factors(
-    layer: Layer, second_moment: np.ndarray, rank: int, seed: np.random.SeedSequence
-) -> LowRank:
-    generator = np.random.default_rng(seed)
-    found = svd_llm(_weight(layer), rank, second_moment=second_moment, rng=generator)
-    return found.approximation
-
-
-def _weight(layer: Layer) -> np.ndarray:
-    """Outputs by inputs."""
-    weight = layer.tensor.read()
-    return weight.T if layer.transposed else weight
 
 
 @dataclass(frozen=True)

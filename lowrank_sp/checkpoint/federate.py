@@ -12,7 +12,7 @@ import numpy as np
 from lowrank_sp.adapters import federated
 from lowrank_sp.adapters.federated import Aggregate
 from lowrank_sp.adapters.forms import Product
-from lowrank_sp.checkpoint.adapter import Adapter
+from lowrank_sp.checkpoint.adapter import Adapter, check_base
 from lowrank_sp.checkpoint.base_copy import BaseCopy
 from lowrank_sp.checkpoint.job import (
     Progress,
@@ -34,7 +34,7 @@ from lowrank_sp.checkpoint.job import (
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.output import final_path
 from lowrank_sp.checkpoint.report import JobReport, LayerOutcome
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import CheckpointError, OptionError
 from lowrank_sp.factors import LowRank
 from lowrank_sp.tasks import Executor
 
@@ -49,6 +49,9 @@ AGGREGATES: dict[str, Callable[..., Aggregate | tuple[Aggregate, ...]]] = {
     "lora_fair": federated.lora_fair,
     "flora_na": federated.flora_na,
 }
+
+# Those with a correction of the base.
+_CORRECTING = ("flora", "fedex")
 
 
 def federate(
@@ -89,7 +92,7 @@ def federate(
     frozen : {"up", "down"}, optional
         For ``rolora``, which needs it: the factor that nobody trained.
     base : path, optional
-        The base model, to write it with the correction in it.
+        For methods that correct the base: the base model, to write it with the correction in it.
     assume_same_base : bool
         Whether to aggregate adapters that name different bases, or whose fingerprints differ.
     seed, overwrite, executor, ahead, progress
@@ -110,7 +113,14 @@ def federate(
     check_choice(method, AGGREGATES, "method")
     check_size(rank, None)
     if method == "rolora" and frozen is None:
-        raise CheckpointError("rolora needs the factor that was frozen; pass --frozen up or down")
+        raise OptionError("rolora needs the factor that was frozen; pass --frozen up or down")
+    if frozen is not None:
+        check_choice(frozen, ("up", "down"), "frozen")
+    if base is not None and method not in _CORRECTING:
+        raise OptionError(
+            f"base is for {' and '.join(_CORRECTING)} only, which correct it, got base {base} for "
+            f"{method}"
+        )
     options = taken(method, AGGREGATES, {"rank": rank, "frozen": frozen})
     weights = check_weights(weights, adapters)
     sources = read_adapters(adapters, assume_same_base=assume_same_base)
@@ -147,7 +157,9 @@ def federate(
                 copy.replace(places[name], stored)
         target = joined(sources, {})
         if copy is not None and copy.changed:
-            target = replace(target, base=str(final_path(copy.path)), fingerprint=None)
+            target = replace(
+                target, base=str(final_path(copy.path)), fingerprint=copy.fingerprint()
+            )
         elif corrections:
             save_adapter(folder / "correction", replace(target, layers=corrections))
         if common:
@@ -174,15 +186,8 @@ def _checked_base(
     base: str | Path, sources: Mapping[str, Adapter], assume_same_base: bool
 ) -> Checkpoint:
     model = Checkpoint(base)
-    known = {name: a.fingerprint for name, a in sources.items() if a.fingerprint is not None}
-    if known and not assume_same_base:
-        found = model.fingerprint()
-        for name, fingerprint in known.items():
-            if fingerprint != found:
-                raise CheckpointError(
-                    f"{base}: is not the base that {name} was made for, whose fingerprint is "
-                    f"{fingerprint}"
-                )
+    if not assume_same_base:
+        check_base(model, sources)
     return model
 
 

@@ -29,7 +29,7 @@ from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.output import atomic_directory, final_path
 from lowrank_sp.checkpoint.peft import check_number, check_pattern, pattern_value
 from lowrank_sp.checkpoint.report import REPORT, LayerReport, Report
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import CheckpointError, OptionError
 from lowrank_sp.factors import check_rank
 from lowrank_sp.tasks import Executor
 
@@ -171,7 +171,7 @@ def initialize(
         adapter = Adapter(
             adapters,
             str(final),
-            None if base.changed else fingerprint,
+            base.fingerprint() if base.changed else fingerprint,
             fan_in_fan_out=any(layer.transposed for layer in layers),
         )
         save_adapter(folder / "adapter", adapter)
@@ -205,7 +205,7 @@ def _sizes(
         own = _check_rank(pattern_value(ranks, layer.name, rank), layer)
         own_alpha = pattern_value(alphas, layer.name, scale * own)
         if not _SCALES[0] <= own_alpha / own <= _SCALES[1]:
-            raise CheckpointError(
+            raise OptionError(
                 f"{layer.name}: alpha must be positive, with alpha / rank in "
                 f"{_SCALES[0]:.0e}..{_SCALES[1]:.0e}, got alpha {own_alpha:g} for rank {own}"
             )

@@ -25,7 +25,7 @@ from lowrank_sp.checkpoint.adapter import Adapter, check_same_base
 from lowrank_sp.checkpoint.output import atomic_directory
 from lowrank_sp.checkpoint.peft import read_adapter, write_adapter
 from lowrank_sp.checkpoint.report import REPORT, JobReport, LayerOutcome
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import CheckpointError, OptionError
 from lowrank_sp.tasks import Executor, run
 
 #: Called as ``progress(done, total, name)``.
@@ -122,16 +122,16 @@ def seeds(seed: Any, layers: Sequence[str]) -> dict[str, np.random.SeedSequence]
     try:
         children = np.random.SeedSequence(operator.index(seed)).spawn(len(layers))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"seed must be a non-negative integer, got {seed!r}") from error
+        raise OptionError(f"seed must be a non-negative integer, got {seed!r}") from error
     return dict(zip(layers, children, strict=True))
 
 
 def check_choice(name: str, choices: Collection[str], what: str) -> str:
     """``name`` if it is one of the choices; the error gives the closest."""
     if name not in choices:
-        close = get_close_matches(name, choices, n=1)
+        close = get_close_matches(name.lower().replace("-", "_"), choices, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise CheckpointError(f"{what} must be one of {', '.join(choices)}, got {name!r}{hint}")
+        raise OptionError(f"{what} must be one of {', '.join(choices)}, got {name!r}{hint}")
     return name
 
 
@@ -144,7 +144,7 @@ def taken(
     for option, value in given.items():
         if option not in parameters[method]:
             takers = [name for name, known in parameters.items() if option in known]
-            raise CheckpointError(
+            raise OptionError(
                 f"{option} is for {', '.join(takers)} only, got {option} {value} for {method}"
             )
     return given
@@ -153,9 +153,9 @@ def taken(
 def check_size(rank: int | None, tol: float | None) -> None:
     """Raise unless a rank and a tolerance are in range, for whatever layer."""
     if rank is not None and rank < 1:
-        raise CheckpointError(f"rank must be at least 1, got {rank}")
+        raise OptionError(f"rank must be at least 1, got {rank}")
     if tol is not None and not 0 < tol < 1:
-        raise CheckpointError(f"tol must be in (0, 1), got {tol}; it is relative to the norm")
+        raise OptionError(f"tol must be in (0, 1), got {tol}; it is relative to the norm")
 
 
 @overload
@@ -181,7 +181,7 @@ def read_adapters(
     ``assume_same_base`` leaves out the comparison of their bases.
     """
     if not paths:
-        raise CheckpointError("at least one adapter is needed, got none")
+        raise OptionError("at least one adapter is needed, got none")
     adapters = {name: read_adapter(path) for name, path in paths.items()}
     if not assume_same_base:
         check_same_base(adapters)
@@ -247,11 +247,11 @@ def check_weights(weights: Sequence[float] | None, names: Collection[str]) -> li
     if weights is None:
         return None
     if len(weights) != len(names):
-        raise CheckpointError(
+        raise OptionError(
             f"weights must be one for each adapter, got {len(weights)} for {len(names)}"
         )
     if not all(map(math.isfinite, weights)):
-        raise CheckpointError(f"weights must be finite, got {list(weights)}")
+        raise OptionError(f"weights must be finite, got {list(weights)}")
     return [float(weight) for weight in weights]
 
 
@@ -275,6 +275,8 @@ def save_report(
     options: Mapping[str, Any],
     layers: Sequence[LayerOutcome],
     notes: Mapping[str, list[str]] | None = None,
+    *,
+    totals: Mapping[str, float] | None = None,
 ) -> JobReport:
     """Write the report of a job beside its files."""
     from lowrank_sp import __version__
@@ -286,6 +288,7 @@ def save_report(
         {name: value for name, value in options.items() if value is not None},
         list(layers),
         {what: names for what, names in (notes or {}).items() if names},
+        dict(totals or {}),
     )
     report.save(folder / REPORT)
     return report

@@ -29,7 +29,7 @@ from lowrank_sp.checkpoint.job import (
     taken,
 )
 from lowrank_sp.checkpoint.report import JobReport
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import OptionError
 from lowrank_sp.factors import SVD
 from lowrank_sp.tasks import Executor
 
@@ -115,9 +115,7 @@ def merge(
     functions = {name: known.function for name, known in MERGES.items()}
     sizes = taken(method, functions, {"rank": rank, "tol": tol})
     if function is merging.entrywise and not sizes:
-        raise CheckpointError(
-            f"{method} merges entries, which gives full rank; pass --rank or --tol"
-        )
+        raise OptionError(f"{method} merges entries, which gives full rank; pass --rank or --tol")
     options = sizes | _rule(method, rule, density)
     sources = read_adapters(adapters, assume_same_base=assume_same_base)
     own = [1.0] * len(adapters) if weights is None else weights
@@ -145,15 +143,13 @@ def _rule(
         return {}
     if rule is None:
         takers = ", ".join(name for name, known in MERGES.items() if known.rule is not None)
-        raise CheckpointError(f"density is for {takers} only, got density {density} for {method}")
+        raise OptionError(f"density is for {takers} only, got density {density} for {method}")
     if density is None:
-        raise CheckpointError(
-            f"{method} needs a density, the share of entries to keep; pass --density"
-        )
+        raise OptionError(f"{method} needs a density, the share of entries to keep; pass --density")
     try:
         return {"rule": rule(density)}
     except ValueError as error:
-        raise CheckpointError(str(error)) from error
+        raise OptionError(str(error)) from error
 
 
 def _merge(

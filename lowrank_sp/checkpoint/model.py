@@ -9,7 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header, read_object
+from lowrank_sp.checkpoint.tensors import (
+    CheckpointError,
+    OptionError,
+    Tensor,
+    read_header,
+    read_object,
+)
 
 INDEX = "model.safetensors.index.json"
 # Architectures whose linear layers are Conv1D modules, which store inputs by outputs.
@@ -139,8 +145,10 @@ class Checkpoint:
         Raises
         ------
         CheckpointError
-            If nothing matches, or the model is stored quantized.
+            If nothing matches, or the model is stored quantized or in factors.
         """
+        if self.factored:
+            raise CheckpointError(self._factored_error(self.factored[0]))
         quantized = self.config.get("quantization_config")
         if quantized:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -151,9 +159,7 @@ class Checkpoint:
         try:
             pattern = re.compile(targets) if targets else None
         except re.error as error:
-            raise CheckpointError(
-                f"targets {targets!r}: not a regular expression ({error})"
-            ) from error
+            raise OptionError(f"targets {targets!r}: not a regular expression ({error})") from error
         names = [
             name.removesuffix(".weight")
             for name, tensor in sorted(self.tensors.items())
@@ -163,7 +169,10 @@ class Checkpoint:
         if not chosen:
             which = f"targets {targets!r} match no linear layer" if targets else "no linear layer"
             some = f"for example {', '.join(names[:3])}" if names else "none"
-            raise CheckpointError(f"{self.path}: {which}; its matrices: {some}")
+            hint = ""
+            if targets and "," in targets:
+                hint = f"; in a regular expression, | means or: {targets.replace(',', '|')}"
+            raise CheckpointError(f"{self.path}: {which}; its matrices: {some}{hint}")
         return [self.layer(name, fan_in_fan_out=fan_in_fan_out) for name in chosen]
 
     def layer(self, name: str, *, fan_in_fan_out: bool | None = None) -> Layer:
@@ -175,10 +184,31 @@ class Checkpoint:
             If there is none, or its storage cannot be computed with.
         """
         tensor = self.tensors.get(f"{name}.weight")
+        if name in self.factored:
+            raise CheckpointError(self._factored_error(name))
         if tensor is None or len(tensor.shape) != 2:
             raise CheckpointError(f"{self.path}: no linear layer {name}")
         tensor.check_floating()
         return Layer(name, tensor, self._is_transposed(name, fan_in_fan_out))
+
+    @cached_property
+    def factored(self) -> list[str]:
+        """Layers with two factors in place of a weight, as ``compress`` writes them, sorted."""
+        found = []
+        for name, up in sorted(self.tensors.items()):
+            layer = name.removesuffix(".up")
+            down = self.tensors.get(f"{layer}.down")
+            if layer == name or down is None or f"{layer}.weight" in self.tensors:
+                continue
+            if len(up.shape) == len(down.shape) == 2 and up.shape[1] == down.shape[0]:
+                found.append(layer)
+        return found
+
+    def _factored_error(self, name: str) -> str:
+        return (
+            f"{self.path}: a compressed model, with two factors in place of the weight of {name} "
+            f"({len(self.factored)} such layers); pass the model that it was made of"
+        )
 
     def _is_transposed(self, module: str, fan_in_fan_out: bool | None) -> bool:
         if fan_in_fan_out is not None:

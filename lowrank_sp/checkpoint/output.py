@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +13,8 @@ from pathlib import Path
 
 from lowrank_sp.checkpoint.report import REPORT, JobReport, Report
 from lowrank_sp.checkpoint.tensors import CheckpointError
+
+_PARTIAL = re.compile(r"^\.(.+)\.[0-9a-f]{8}\.partial$")
 
 
 def holds_report(folder: Path) -> bool:
@@ -32,9 +36,11 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """A directory to write into that is renamed to ``path`` at the end of the block.
 
-    It lies beside ``path`` as ``.NAME.partial``. An exception removes it and leaves everything as
-    it was. What a killed process left behind is removed by the next one; an output that it had
-    moved aside as ``.NAME.old`` comes back first.
+    It lies beside ``path`` as ``.NAME.XXXXXXXX.partial``, one for every run, locked while the run
+    lasts. An exception removes it and leaves everything as it was. What a killed process left
+    behind is removed by the next one; an output that it had moved aside as ``.NAME.old`` comes
+    back first. Of runs at the same time with one ``path``, the first to end has it; the others are
+    checked against its output as if they had come later.
 
     Parameters
     ----------
@@ -54,22 +60,22 @@ def atomic_directory(
         or if it is something that must not be overwritten.
     """
     path = _real(path)
-    partial, old = (path.parent / f".{path.name}.{end}" for end in ("partial", "old"))
+    old = path.parent / f".{path.name}.old"
     if old.exists() and not path.exists():
         old.rename(path)
     _check_output(path, overwrite, inputs, ours)
     created = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        _remove_leftovers(path)
+        with _working_folder(path) as partial:
+            yield partial
+            _check_output(path, overwrite, inputs, ours)
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not path.exists():
             old.rename(path)
         for folder in created:
@@ -81,7 +87,59 @@ def atomic_directory(
 
 def final_path(path: Path) -> Path:
     """Where ``path`` will lie when the partial directories that it lies in have their names."""
-    return Path(*(re.sub(r"^\.(.+)\.partial$", r"\1", part) for part in path.absolute().parts))
+    return Path(*(_PARTIAL.sub(r"\1", part) for part in path.absolute().parts))
+
+
+@contextmanager
+def _working_folder(path: Path) -> Iterator[Path]:
+    """A new directory beside ``path``, locked; removed at the end unless it was renamed."""
+    while True:
+        folder = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+        folder.mkdir()
+        with _locked(folder) as alone:
+            # Before the lock, another run may have taken it for a leftover.
+            if alone is False or not folder.exists():
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the working folders of runs that were killed: nobody holds their locks."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if _PARTIAL.fullmatch(folder.name):
+            with _locked(folder) as alone:
+                if alone:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Whether this process alone holds the lock of a directory; None where there are no locks.
+
+    The system gives it back when a process ends, however it ends.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield None
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            alone = False
+        except OSError:
+            alone = None
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def _real(path: str | Path) -> Path:

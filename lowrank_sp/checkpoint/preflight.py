@@ -6,13 +6,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from lowrank_sp.checkpoint.adapter import base_mismatch
+from lowrank_sp.checkpoint.job import check_choice
 from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.peft.config import Config, check_pattern, pattern_value
 from lowrank_sp.checkpoint.peft.parts import NotGiven
 from lowrank_sp.checkpoint.peft.reading import FINGERPRINT, PREFIX, WEIGHTS, read_adapter
-from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header, read_metadata
+from lowrank_sp.checkpoint.tensors import (
+    CheckpointError,
+    OptionError,
+    Tensor,
+    read_header,
+    read_metadata,
+)
 
 #: Values that vLLM allows for ``max_lora_rank``.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -76,7 +84,7 @@ class _Files:
 def preflight(
     adapter: str | Path,
     *,
-    engine: Literal["peft", "vllm"],
+    engine: str,
     model: Checkpoint | None = None,
     max_lora_rank: int = 16,
 ) -> list[Finding]:
@@ -88,8 +96,9 @@ def preflight(
         A directory of PEFT. Only headers are read.
     engine : "peft" or "vllm"
     model : Checkpoint, optional
-        The base that the adapter shall be used with. Layers and shapes are then compared; and, if
-        the adapter has the fingerprint of its base, all of the model is read to compare it.
+        The base that the adapter shall be used with. Layers and shapes are then compared, and
+        whether it is the base that the adapter was made for:
+        :func:`~lowrank_sp.checkpoint.adapter.base_mismatch`.
     max_lora_rank : int
         What vLLM will be started with; 16 is its default.
 
@@ -103,16 +112,15 @@ def preflight(
     CheckpointError
         If a file is missing or unreadable, or an argument is none that the engine takes.
     """
-    if engine not in _CHECKS:
-        raise CheckpointError(f"engine must be one of {', '.join(_CHECKS)}, got {engine!r}")
+    check_choice(engine, _CHECKS, "engine")
     if engine == "vllm" and max_lora_rank not in VLLM_RANKS:
-        raise CheckpointError(
+        raise OptionError(
             f"max_lora_rank must be one of {', '.join(map(str, VLLM_RANKS))}, got {max_lora_rank}"
         )
     path = Path(adapter)
-    weights = path / WEIGHTS
+    config, weights = Config.read(path), path / WEIGHTS
     tensors, metadata = read_header(weights), read_metadata(weights)
-    files = _Files(path, Config.read(path), tensors, metadata, model, max_lora_rank)
+    files = _Files(path, config, tensors, metadata, model, max_lora_rank)
     found = [finding for check in (*_ALWAYS, *_CHECKS[engine]) for finding in check(files)]
     return sorted(found, key=lambda finding: finding.severity)
 
@@ -171,14 +179,9 @@ def _model_mismatch(x: _Files) -> Iterator[Finding]:
                 f"{weight.shape}",
                 "use the base that the adapter was trained on",
             )
-    wanted = x.metadata.get(FINGERPRINT)
-    if wanted is not None and wanted != x.model.fingerprint():
-        yield Finding(
-            "error",
-            None,
-            f"made for the base {wanted[:18]}, not for this one",
-            "use the base that the adapter was trained on",
-        )
+    base = x.config.get("base_model_name_or_path")
+    if reason := base_mismatch(x.model, base=base, fingerprint=x.metadata.get(FINGERPRINT)):
+        yield Finding("error", None, reason, "use the base that the adapter was trained on")
 
 
 def _targets(x: _Files) -> Iterator[Finding]:
@@ -325,7 +328,7 @@ _ALWAYS: tuple[Check, ...] = (
     _model_mismatch,
     _targets,
 )
-_CHECKS: dict[Any, tuple[Check, ...]] = {
+_CHECKS: dict[str, tuple[Check, ...]] = {
     "peft": (_ranks_of_config, _drawn_again),
     "vllm": (_vllm_kind, _vllm_tensors, _vllm_ranks, _vllm_scales),
 }

@@ -32,7 +32,7 @@ from lowrank_sp.checkpoint.job import (
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.output import final_path
 from lowrank_sp.checkpoint.report import JobReport, LayerOutcome
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import OptionError
 from lowrank_sp.tasks import Executor
 
 #: Formats of a quantized weight, by name.
@@ -108,7 +108,7 @@ def quantize(
     quantizer = partial(FORMATS[to], **taken(to, FORMATS, {"bits": bits, "block": block}))
     check_size(rank, None)
     if (compensate is None) != (rank is None):
-        raise CheckpointError(
+        raise OptionError(
             f"a compensation needs a rank, and only it does, got {compensate} and rank {rank}; "
             "pass --compensate and --rank, or neither"
         )
@@ -117,7 +117,7 @@ def quantize(
         check_choice(compensate, COMPENSATIONS, "compensate")
         data = calibration_for(compensate, _STATISTICS, calibration)
     elif calibration is not None:
-        raise CheckpointError("a calibration is for a compensation; pass --compensate")
+        raise OptionError("a calibration is for a compensation; pass --compensate")
     checkpoint = Checkpoint(model)
     layers = {x.name: x for x in checkpoint.layers(targets, fan_in_fan_out=fan_in_fan_out)}
     if data is not None:
@@ -145,7 +145,8 @@ def quantize(
             del stored  # or it would stay while the next layer is computed
         if found:
             transposed = any(layer.transposed for layer in layers.values())
-            adapter = Adapter(found, str(final_path(base.path)), fan_in_fan_out=transposed)
+            final = str(final_path(base.path))
+            adapter = Adapter(found, final, base.fingerprint(), fan_in_fan_out=transposed)
             save_adapter(folder / "adapter", adapter)
         options = {"to": to, "bits": bits, "block": block, "compensate": compensate}
         options |= {"rank": rank, "targets": targets, "seed": seed}

@@ -70,6 +70,10 @@ class Report:
     def load(cls, path: Path) -> Report:
         """Read what :meth:`save` wrote."""
         fields = read_object(path, "report")
+        if "job" in fields:
+            raise CheckpointError(
+                f"{path}: the report of {fields['job']!r}; only what init wrote can be verified"
+            )
         try:
             layers = [LayerReport(**layer) for layer in fields.pop("layers")]
             report = cls(layers=layers, **fields)
@@ -79,10 +83,7 @@ class Report:
             if any(len(row.shape) != 2 for row in layers):
                 raise TypeError("a shape has two numbers")
         except (KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: not a readable report of initializations, the only kind that can be "
-                f"verified ({error})"
-            ) from error
+            raise CheckpointError(f"{path}: not a readable report of init ({error})") from error
         return report
 
 
@@ -141,6 +142,8 @@ class JobReport:
     layers : list of LayerOutcome
     notes : mapping from str to list of str
         Names of tensors or layers that one should know something about, by what that is.
+    totals : mapping from str to float
+        Numbers over all layers, where a job has such.
     """
 
     job: str
@@ -149,6 +152,7 @@ class JobReport:
     options: Mapping[str, Any]
     layers: list[LayerOutcome]
     notes: Mapping[str, list[str]] = field(default_factory=dict)
+    totals: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""

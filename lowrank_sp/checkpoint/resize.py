@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lowrank_sp.adapters import algebra
 from lowrank_sp.adapters.forms import Product
 from lowrank_sp.checkpoint.job import (
@@ -23,7 +25,7 @@ from lowrank_sp.checkpoint.job import (
     save_report,
 )
 from lowrank_sp.checkpoint.report import JobReport
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import OptionError
 from lowrank_sp.factors import LowRank
 from lowrank_sp.tasks import Executor
 
@@ -81,17 +83,19 @@ def resize(
         directory. Nothing is left behind.
     """
     if rank is None and tol is None and rule is None:
-        raise CheckpointError("resize needs a rank, a tol or a rule, got none of them")
+        raise OptionError(
+            "resize needs a rank, a tol or a rule, got none of them; pass --rank, --tol or --rule"
+        )
     check_size(rank, tol)
-    if rule is not None:
-        check_choice(rule, RANK_RULES, "rule")
     if (rule is None) != (threshold is None):
-        raise CheckpointError(
+        raise OptionError(
             f"a rule needs a threshold, and only a rule does, got rule {rule} and threshold "
-            f"{threshold}"
+            f"{threshold}; pass --rule and --threshold, or neither"
         )
     if rule is not None and tol is not None:
-        raise CheckpointError(f"tol or a rule choose ranks, got tol {tol} and rule {rule}")
+        raise OptionError(f"tol or a rule choose ranks, got tol {tol} and rule {rule}")
+    if rule is not None and threshold is not None:
+        _check_rule(rule, threshold)
     inputs = {"adapter": adapter}
     source = read_adapters(inputs)["adapter"]
     with output(out, inputs, overwrite=overwrite) as folder:
@@ -106,6 +110,14 @@ def resize(
         save_adapter(folder / "adapter", replace(source, layers=found))
         options = {"rank": rank, "tol": tol, "rule": rule, "threshold": threshold}
         return save_report(folder, "resize", inputs, options, rows)
+
+
+def _check_rule(rule: str, threshold: float) -> None:
+    check_choice(rule, RANK_RULES, "rule")
+    try:
+        RANK_RULES[rule](np.ones(1), threshold)
+    except ValueError as error:
+        raise OptionError(f"threshold of {rule}: {error}") from error
 
 
 def _resize(

@@ -31,6 +31,7 @@ from lowrank_sp.checkpoint.job import (
 from lowrank_sp.checkpoint.report import JobReport, LayerOutcome
 from lowrank_sp.checkpoint.tensors import (
     CheckpointError,
+    OptionError,
     read_header,
     read_metadata,
     write_tensors,
@@ -102,11 +103,11 @@ def share(
     check_choice(method, SHARINGS, "method")
     check_size(rank, None)
     if method == "clustered" and clusters is None:
-        raise CheckpointError("clustered needs the number of clusters; pass --clusters")
+        raise OptionError("clustered needs the number of clusters; pass --clusters")
     options = taken(method, SHARINGS, {"clusters": clusters})
     for name in adapters:
         if name in ("", ".", "..") or Path(name).name != name:
-            raise CheckpointError(f"{name!r} is no name of a directory; name the adapter otherwise")
+            raise OptionError(f"{name!r} is no name of a directory; name the adapter otherwise")
     sources = read_adapters(adapters, assume_same_base=assume_same_base)
     layers = all_layers(sources)
     children = seeds(seed, layers)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import CheckpointError, OptionError
 from lowrank_sp.linalg.spectrum import effective_rank, energy_rank, gavish_donoho_rank, stable_rank
 from lowrank_sp.linalg.svd import singular_values
 from lowrank_sp.tasks import Executor, run
@@ -113,7 +113,7 @@ def check_figure(path: Path) -> None:
 
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
-        raise CheckpointError(f"{path}: a figure must end in .{', .'.join(sorted(kinds))}")
+        raise OptionError(f"{path}: a figure must end in .{', .'.join(sorted(kinds))}")
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: no such directory to save the figure in")
 

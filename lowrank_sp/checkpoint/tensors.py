@@ -23,6 +23,10 @@ class CheckpointError(ValueError):
     """A checkpoint, an adapter or an option that cannot be worked with."""
 
 
+class OptionError(CheckpointError):
+    """An option that is wrong whatever the files hold."""
+
+
 def read_object(path: Path, what: str) -> dict[str, Any]:
     """The JSON object that a file holds; ``what`` says in errors what it should be.
 
@@ -177,7 +181,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         return _header(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; is a shard missing?") from error
+        raise CheckpointError(f"{path}: no such file") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
@@ -194,7 +198,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         said = _entries(path)[0].get("__metadata__", {})
         return {key: value for key, value in said.items() if isinstance(value, str)}
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; is a shard missing?") from error
+        raise CheckpointError(f"{path}: no such file") from error
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lowrank_sp import __version__
-from lowrank_sp.checkpoint import CheckpointError
+from lowrank_sp.checkpoint import CheckpointError, OptionError
 from lowrank_sp.cli import adapters, models
 from lowrank_sp.cli._printing import say
 
@@ -32,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in _COMMANDS:
     app.command()(_command)
@@ -56,9 +57,12 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; an expected error becomes one line and exit status 1."""
+    """Run the command line; an expected error becomes one line and exit status 1, or 2.
+
+    2 is for options that are wrong whatever the files hold, as typer has it.
+    """
     try:
         app()
     except (CheckpointError, OSError) as error:
         say(f"error: {error}")
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, OptionError) else 1)

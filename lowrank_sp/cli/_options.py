@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowrank_sp.checkpoint import CheckpointError
+from lowrank_sp.checkpoint import OptionError
 
 Model = Annotated[Path, typer.Argument(help="Model directory, or one .safetensors file.")]
 Adapters = Annotated[
@@ -52,13 +52,26 @@ def named(adapters: Sequence[str]) -> dict[str, Path]:
             path = text
             parts = [part for part in Path(path).absolute().parts if part != "adapter"]
             name = parts[-1]
+        if _is_number(path) and not Path(path).exists():
+            raise OptionError(
+                f"{path} is no adapter; weights are one option with commas, such as "
+                "--weights 0.5,0.5"
+            )
         if name in found:
-            raise CheckpointError(
+            raise OptionError(
                 f"{found[name]} and {path} are both called {name!r}; name them, as in "
                 f"{name}1={found[name]} {name}2={path}"
             )
         found[name] = Path(path)
     return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def numbers(text: str | None) -> list[float] | None:
@@ -68,7 +81,7 @@ def numbers(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise CheckpointError(
+        raise OptionError(
             f"weights must be numbers between commas, such as 0.5,0.5, got {text!r}"
         ) from error
 

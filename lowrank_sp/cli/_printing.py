@@ -17,6 +17,29 @@ from lowrank_sp.checkpoint import JobReport
 
 # Names that a message gives of many.
 _SOME = 3
+# By job: what its norm is of, and its error.
+_MEANINGS = {
+    "extract": ("||D||_F of D = tuned - base", "||D - adapter||_F"),
+    "resize": ("||D||_F of the update D = scale * up @ down as it was", "||D - resized||_F"),
+    "merge": (
+        "||D||_F of D, the weighted sum of the updates, or their mean where signs are elected",
+        "||D - merged||_F",
+    ),
+    "convert": (
+        "||D||_F of the update D of the adapter, with --start of its change since then",
+        "||D - converted||_F",
+    ),
+    "share": ("||D||_F of the update D of this adapter", "||D - its update in the bases||_F"),
+    "federate": (
+        "||D||_F of D, the weighted mean of the updates of the clients",
+        "||D - adapter - correction||_F, of what this client gets",
+    ),
+    "quantize": ("||W||_F of the weight W", "||W - base - adapter||_F, as they are stored"),
+    "compress": (
+        "root mean square of ||W x||, the outputs of the weight W in the calibration data",
+        "root mean square of ||(W - up @ down) x||, the same of what they lose",
+    ),
+}
 
 
 def say(line: str) -> None:
@@ -24,14 +47,19 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def show(content: dict[str, Any], as_json: bool, make_table: Callable[[], Table]) -> None:
-    """Print a result."""
+def show(
+    content: dict[str, Any], as_json: bool, make: Callable[[], tuple[Table | None, str]]
+) -> None:
+    """Print a result: as JSON, or as the table and the lines below it that ``make`` gives."""
     if as_json:
         print(json.dumps(content, indent=2))
-    else:
+        return
+    made, lines = make()
+    if made is not None:
         # A pipe has no width of its own; tables are then as wide as they need to be.
         console = Console() if sys.stdout.isatty() else Console(width=160)
-        console.print(make_table())
+        console.print(made)
+    print(lines)
 
 
 def show_job(report: JobReport, as_json: bool) -> None:
@@ -61,11 +89,9 @@ def progress(unit: str = "layers") -> Iterator[Callable[[int, int, str], None]]:
         )
 
 
-def table(*columns: str, caption: str | None = None) -> Table:
+def table(*columns: str) -> Table:
     """A table without lines whose first column is text and whose others are numbers."""
-    made = Table(
-        box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left"
-    )
+    made = Table(box=None, pad_edge=False, header_style="bold")
     made.add_column(columns[0], no_wrap=True)
     for column in columns[1:]:
         made.add_column(column, justify="right", no_wrap=True)
@@ -82,15 +108,13 @@ def number(x: float | None, form: str) -> str:
     return "-" if x is None else format(x, form)
 
 
-def _job_table(report: JobReport) -> Table:
+def _job_table(report: JobReport) -> tuple[Table, str]:
     several = any(row.adapter is not None for row in report.layers)
     noted = any(row.note for row in report.layers)
     made = table(
         *("layer", "shape", "rank", "norm", "error", "relative", "ms"),
         *(("adapter",) if several else ()),
         *(("",) if noted else ()),
-        caption="norm: Frobenius norm of what was asked for. error: of what is missing of it. "
-        "relative: error over norm.",
     )
     for row in report.layers:
         made.add_row(
@@ -104,4 +128,18 @@ def _job_table(report: JobReport) -> Table:
             *((row.adapter or "",) if several else ()),
             *((row.note,) if noted else ()),
         )
-    return made
+    return made, "\n".join(_captions(report))
+
+
+def _captions(report: JobReport) -> Iterator[str]:
+    norm, error = _MEANINGS[report.job]
+    yield f"norm: {norm}"
+    yield f"error: {error}"
+    yield "relative: error / norm. ms: milliseconds"
+    if report.totals:
+        before, after = report.totals["parameters_before"], report.totals["parameters"]
+        yield f"parameters of all layers: {after} of {before}, {after / before:.1%}"
+        yield (
+            f"relative, root mean square over all layers: {report.totals['error']:.3g} as planned; "
+            f"no ranks within the budget have less than {report.totals['bound']:.3g}"
+        )

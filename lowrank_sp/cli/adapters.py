@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from lowrank_sp import checkpoint
 from lowrank_sp.checkpoint import AGGREGATES, MERGES, RANK_RULES, SHARINGS
@@ -27,7 +26,7 @@ from lowrank_sp.cli._options import (
     named,
     numbers,
 )
-from lowrank_sp.cli._printing import progress, show, show_job, table
+from lowrank_sp.cli._printing import progress, show, show_job
 from lowrank_sp.iterate import Stop
 
 Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="PEFT directory.")]
@@ -179,13 +178,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Say what an engine would refuse, or get wrong, of an adapter."""
-    if engine not in ("peft", "vllm"):
-        raise checkpoint.CheckpointError(f"engine must be peft or vllm, got {engine!r}")
     model = None if base is None else checkpoint.Checkpoint(base)
     findings = checkpoint.preflight(
         adapter, engine=engine, model=model, max_lora_rank=max_lora_rank
     )
-    show({"findings": [asdict(f) for f in findings]}, as_json, lambda: _findings_table(findings))
+    content = {"findings": [asdict(f) for f in findings]}
+    show(content, as_json, lambda: (None, "\n".join(map(str, findings)) or "nothing wrong"))
     raise typer.Exit(1 if any(f.severity == "error" for f in findings) else 0)
 
 
@@ -261,10 +259,3 @@ def federate(
             progress=bar,
         )
     show_job(report, as_json)
-
-
-def _findings_table(findings: list[checkpoint.Finding]) -> Table:
-    made = table("nothing wrong" if not findings else "finding")
-    for finding in findings:
-        made.add_row(str(finding))
-    return made

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from lowrank_sp import checkpoint
 from lowrank_sp.adapters.compensate import COMPENSATIONS
-from lowrank_sp.adapters.compress import RankPlan
 from lowrank_sp.adapters.initializers import CALIBRATED, INITIALIZERS
 from lowrank_sp.checkpoint import FORMATS, CheckpointError
 from lowrank_sp.cli._options import Jobs, Json, Model, Out, Overwrite, Seed, Targets, executor
@@ -102,7 +101,7 @@ def inspect(
     if plot is not None:
         checkpoint.save_spectra(spectra, rank, plot)
     content = {"layers": [asdict(s) for s in spectra], "rank_pattern": ranks}
-    show(content, as_json, lambda: _spectra_table(spectra, ranks, leading))
+    show(content, as_json, lambda: _spectra_table(spectra, ranks, rank, leading))
 
 
 def quantize(
@@ -159,7 +158,7 @@ def compress(
 ) -> None:
     """Compress a model (SVD-LLM): OUT has two factors in place of weights."""
     with progress() as bar, executor(jobs) as pool:
-        plan = checkpoint.compress(
+        report = checkpoint.compress(
             model,
             out,
             checkpoint.SecondMoments(calibration),
@@ -171,7 +170,7 @@ def compress(
             ahead=jobs,
             progress=bar,
         )
-    show(asdict(plan), as_json, lambda: _plan_table(plan))
+    show_job(report, as_json)
 
 
 def demo(
@@ -201,11 +200,15 @@ def _read_patterns(path: Path | None) -> dict[str, Any]:
     return content
 
 
-def _report_table(report: checkpoint.Report) -> Table:
+def _report_table(report: checkpoint.Report) -> tuple[Table, str]:
     made = table(
-        *("layer", "shape", "rank", "alpha", "sigma_1", "sigma_r", "energy", "bound", "ms"),
-        caption="energy: share of ||W||_F^2 that the adapter takes over. "
-        "bound: certified error of its singular values, relative to sigma_1.",
+        *("layer", "shape", "rank", "alpha", "sigma_1", "sigma_r", "energy", "bound", "ms")
+    )
+    lines = (
+        "sigma_1, sigma_r: largest and smallest singular value that the adapter takes over "
+        "of the weight W\n"
+        "energy: share of ||W||_F^2 that these have\n"
+        "bound: certified error of each of them, relative to sigma_1. ms: milliseconds"
     )
     for row in report.layers:
         s = row.singular_values
@@ -220,7 +223,7 @@ def _report_table(report: checkpoint.Report) -> Table:
             number(row.bound, ".0e"),
             f"{1e3 * row.seconds:.0f}",
         )
-    return made
+    return made, lines
 
 
 def _verdict(outcome: checkpoint.Verification) -> str:
@@ -236,28 +239,31 @@ def _verdict(outcome: checkpoint.Verification) -> str:
     return f"W = residual + scale * up @ down in {len(outcome.layers)} layers, to {worst:.0e}"
 
 
-def _check_table(outcome: checkpoint.Verification) -> Table:
-    made = table(
-        *("layer", "error", "excess", ""),
-        caption="error: ||W - residual - scale up down||_F / ||W||_F. "
-        "excess: largest error of an entry, in units of what rounding explains.",
+def _check_table(outcome: checkpoint.Verification) -> tuple[Table, str]:
+    made = table("layer", "error", "excess", "")
+    lines = (
+        "error: ||W - residual - scale * up @ down||_F / ||W||_F\n"
+        "excess: largest error of an entry, over what rounding explains there; fails above 1\n"
+        f"{_verdict(outcome)}"
     )
     for layer in outcome.layers:
         mark = "ok" if layer.passed else "FAILED"
         made.add_row(layer.name, f"{layer.error:.1e}", f"{layer.excess:.2g}", mark)
-    made.add_row()
-    made.add_row(_verdict(outcome))
-    return made
+    return made, lines
 
 
 def _spectra_table(
-    spectra: list[checkpoint.LayerSpectrum], ranks: dict[str, int], leading: int
-) -> Table:
+    spectra: list[checkpoint.LayerSpectrum], ranks: dict[str, int], rank: int, leading: int
+) -> tuple[Table, str]:
     made = table(
-        *("layer", "shape", "spectrum", "effective", "stable", "50%", "90%", "99%", "suggested"),
-        caption="effective rank: exponential of the entropy of the spectrum. "
-        "stable rank: ||W||_F^2 / ||W||_2^2. 50%, 90%, 99%: ranks that hold this share of "
-        "||W||_F^2. suggested: ranks for the budget of --rank.",
+        *("layer", "shape", "spectrum", "effective", "stable", "50%", "90%", "99%", "suggested")
+    )
+    lines = (
+        f"spectrum: the {leading} largest singular values of the weight W\n"
+        "effective rank: exponential of the entropy of the singular values\n"
+        "stable rank: ||W||_F^2 / ||W||_2^2\n"
+        "50%, 90%, 99%: smallest ranks that hold this share of ||W||_F^2\n"
+        f"suggested: ranks with no more parameters together than rank {rank} in every layer"
     )
     for s in spectra:
         made.add_row(
@@ -268,17 +274,4 @@ def _spectra_table(
             f"{s.stable_rank:.1f}",
             *(str(k) for k in (s.rank_50, s.rank_90, s.rank_99, ranks[s.name])),
         )
-    return made
-
-
-def _plan_table(plan: RankPlan) -> Table:
-    made = table(
-        *("layer", "rank"),
-        caption=f"{plan.parameters} parameters. error {plan.error:.3g} of the outputs, over all "
-        f"layers; no ranks could make it less than {plan.bound:.3g}.",
-    )
-    for name, rank in plan.ranks.items():
-        made.add_row(name, str(rank))
-    for name in plan.dense:
-        made.add_row(name, "as it was")
-    return made
+    return made, lines

@@ -118,6 +118,8 @@ def sv_fro(s: Array, share: float) -> int:
         In (0, 1]. Of the norm, while :func:`~lowrank_sp.linalg.spectrum.energy_rank` counts in
         squares.
     """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
     return max(1, energy_rank(s, share**2))
 
 
