@@ -1,6 +1,8 @@
 """PEFT's adapters filled by initializers, and what models show of themselves meanwhile."""
 
 import copy
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -11,7 +13,15 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from lowrank_sp.adapters import INITIALIZERS, InputPCA, MeanGradient, SecondMoment, initializers
 from lowrank_sp.adapters.initializers import CALIBRATED
-from lowrank_sp.torch import attach, collect_gradients, collect_inputs, initialize_, lora_pairs
+from lowrank_sp.adapters.quantize import nf4
+from lowrank_sp.torch import (
+    Codec,
+    attach,
+    collect_gradients,
+    collect_inputs,
+    initialize_,
+    lora_pairs,
+)
 
 TARGETS = ["query", "key", "value", "dense"]
 
@@ -169,11 +179,186 @@ class Linear4bit(nn.Linear):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
 
+class Coded(nn.Linear):
+    """Four bits an entry, and no weight: what a quantizer of one's own may look like."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.bias.data.copy_(linear.bias)
+        self.weight = nn.Parameter(torch.zeros(1, 1, dtype=torch.uint8), requires_grad=False)
+        self.coded = nf4(linear.weight.detach())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.coded.to_dense(), self.bias)
+
+
+def encode(layer, weight):
+    layer.coded = nf4(weight)
+
+
+CODECS = {Coded: Codec(lambda layer: layer.coded.to_dense(), encode)}
+
+
+def over_quantized(make, *, m=48, n=64, rank=4):
+    """A PEFT model of one quantized layer and one that is not, and what they had before."""
+    torch.manual_seed(0)
+    left, right = torch.randn(m, rank), torch.randn(rank, n)
+    base = nn.Sequential(nn.Linear(n, m), nn.Tanh(), nn.Linear(m, 8))
+    with torch.no_grad():
+        # A few directions stand out, so that what PiSSA leaves is smaller than the weight.
+        base[0].weight.copy_(left @ right / rank + 0.1 * torch.randn(m, n))
+    base[0] = make(base[0])
+    return adapted(base, ["0", "2"])
+
+
+def test_residuals_of_quantized_bases_are_quantized_again():
+    model = over_quantized(Coded)
+    coded, other = (model.base_model.model[k] for k in (0, 2))
+    weight, codes = coded.base_layer.coded.to_dense(), coded.base_layer.coded.codes.clone()
+    x = torch.randn(5, 64)
+    first = coded(x)
+    errors = {}
+    initialize_(model, initializers.pissa, codecs=CODECS, callback=errors.__setitem__, rng=0)
+    pair, _ = lora_pairs(model)
+    assert pair.name == "base_model.model.0.default"
+    now = coded.base_layer.coded.to_dense()
+    lost = weight - now - pair.delta().detach()
+    assert not torch.equal(coded.base_layer.coded.codes, codes)
+    # What the layer computes has changed by what the quantizer loses of the residual, no more.
+    close(coded(x) - first, -x @ lost.mT, factor=1e4)
+    residual = initializers.pissa(weight, 4, alpha=6, rng=0).residual
+    close(torch.linalg.norm(lost), torch.linalg.norm(residual - nf4(residual).to_dense()), 1e4)
+    assert errors.keys() == {"base_model.model.0", "base_model.model.2"}
+    assert errors["base_model.model.0"] == pytest.approx(
+        float(torch.linalg.norm(lost) / torch.linalg.norm(weight)), rel=1e-4
+    )
+    # Less than quantizing the weight has lost before.
+    exact = over_quantized(lambda linear: linear).base_model.model[0].base_layer.weight.detach()
+    alone = torch.linalg.norm(exact - weight) / torch.linalg.norm(exact)
+    assert 1e-3 < errors["base_model.model.0"] < 0.7 * float(alone)
+    assert errors["base_model.model.2"] <= 10 * torch.finfo(torch.float32).eps
+    assert other.base_layer.weight.is_floating_point()
+
+
+def test_starts_that_leave_the_weight_leave_its_codes():
+    model = over_quantized(Coded)
+    layer = model.base_model.model[0]
+    coded, errors = layer.base_layer.coded, {}
+    first = layer(torch.ones(1, 64))
+    initialize_(model, initializers.lora, codecs=CODECS, callback=errors.__setitem__, rng=0)
+    assert layer.base_layer.coded is coded
+    assert torch.equal(layer(torch.ones(1, 64)), first)
+    assert set(errors.values()) == {0.0}
+    assert float(layer.lora_A["default"].weight.detach().abs().max()) > 0
+
+
+class BitsAndBytes(types.ModuleType):
+    """The few names of bitsandbytes that are used, as of 0.50, without its kernels."""
+
+    class Params4bit(nn.Parameter):
+        def __new__(cls, data, requires_grad=False, quant_state=None, **options):
+            self = torch.Tensor._make_subclass(cls, data, requires_grad)
+            self.quant_state, self.options = quant_state, options
+            self.blocksize, self.module = options["blocksize"], options["module"]
+            self.compress_statistics = options["compress_statistics"]
+            self.quant_type, self.quant_storage = options["quant_type"], options["quant_storage"]
+            return self
+
+        def to(self, device):
+            del device
+            if self.quant_state is None:
+                coded = nf4(self.data, block=self.blocksize)
+                self.quant_state = types.SimpleNamespace(coded=coded, dtype=self.data.dtype)
+                self.data = coded.codes.reshape(-1, 1)
+            return self
+
+    class Linear4bit(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.quant_state.coded.to_dense(), self.bias)
+
+    class Int8Params(nn.Parameter):
+        def __new__(cls, data, requires_grad=True, has_fp16_weights=False):
+            self = torch.Tensor._make_subclass(cls, data, requires_grad)
+            assert not has_fp16_weights
+            self.CB = self.SCB = None
+            return self
+
+        def to(self, device):
+            del device
+            half = self.data.half().float()
+            self.SCB = half.abs().amax(1)
+            self.CB = self.data = (half * (127 / self.SCB[:, None])).round().to(torch.int8)
+            return self
+
+    class Linear8bitLt(nn.Linear):
+        def init_8bit_state(self):
+            self.state = types.SimpleNamespace(CB=self.weight.CB, SCB=self.weight.SCB)
+            self.weight.CB = self.weight.SCB = None
+
+        def forward(self, x):
+            if self.weight.CB is not None:
+                self.init_8bit_state()
+            dense = self.state.CB * (self.state.SCB[:, None] / 127)
+            return nn.functional.linear(x, dense, self.bias)
+
+    def __init__(self):
+        super().__init__("bitsandbytes")
+        self.nn = self
+        self.functional = types.SimpleNamespace(
+            dequantize_4bit=lambda _, state: state.coded.to_dense(),
+            int8_vectorwise_dequant=lambda codes, scales: codes * (scales[:, None] / 127),
+        )
+
+    def coded(self, linear, bits):
+        m, n = linear.out_features, linear.in_features
+        if bits == 4:
+            layer = self.Linear4bit(n, m)
+            options = {"blocksize": 32, "compress_statistics": False, "quant_type": "nf4"}
+            layer.weight = self.Params4bit(
+                linear.weight.detach(), quant_storage=torch.uint8, module=layer, **options
+            )
+        else:
+            layer = self.Linear8bitLt(n, m)
+            layer.weight = self.Int8Params(linear.weight.detach(), requires_grad=False)
+        layer.weight = layer.weight.to("cpu")
+        return layer
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.07), (8, 0.02)])
+@pytest.mark.parametrize("called", [False, True])
+def test_layers_of_bitsandbytes(bits, most, called, monkeypatch):
+    library = BitsAndBytes()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    same, model = (over_quantized(partial(library.coded, bits=bits)) for _ in range(2))
+    layer, x = model.base_model.model[0], torch.randn(5, 64)
+    before = same.base_model.model[0](x)
+    if called:
+        layer(x)
+    errors = {}
+    initialize_(model, initializers.pissa, callback=errors.__setitem__, rng=0)
+    assert not layer.base_layer.weight.is_floating_point()
+    assert 1e-4 < errors["base_model.model.0"] < most
+    change = torch.linalg.norm(layer(x) - before) / torch.linalg.norm(
+        before - layer.base_layer.bias
+    )
+    assert float(change.detach()) < 2 * errors["base_model.model.0"]
+    if bits == 4:
+        assert layer.base_layer.weight.blocksize == 32
+        assert layer.base_layer.weight.module is layer.base_layer
+        layer.base_layer.weight.quant_state.packing_format_for_cpu = True
+        with pytest.raises(ValueError, match=r"model\.0 was packed for CPUs by bitsandbytes"):
+            initialize_(model, initializers.pissa)
+
+
 def quantized():
     model = adapted(nn.Sequential(nn.Linear(6, 4)), ["0"])
     layer = model.base_model.model[0]
     layer.base_layer = Linear4bit(layer.base_layer)
     return model
+
+
+def without_values():
+    return adapted(nn.Sequential(nn.Linear(6, 4, device="meta")), ["0"])
 
 
 def tied():
@@ -191,7 +376,13 @@ def with_core(weight, rank, *, alpha, rng, dtype):
 @pytest.mark.parametrize(
     ("make", "initializer", "error", "message"),
     [
-        (quantized, initializers.pissa, ValueError, "its base is a quantized Linear4bit"),
+        (
+            quantized,
+            initializers.pissa,
+            ValueError,
+            r"quantized Linear4bit.*give codecs={Linear4bit: Codec\(decode, encode\)}",
+        ),
+        (without_values, initializers.pissa, ValueError, "model.0 is on the meta device.*load"),
         (tied, initializers.pissa, ValueError, r"shares its weight with .*\.1\.weight.*untie"),
         (lambda: bert(), initializers.pissa, ValueError, "no trainable LoRA adapter of PEFT"),
         (lambda: adapted(bert(), ["query"]), with_core, TypeError, "two factors, got a CoreStart"),
@@ -208,7 +399,8 @@ def test_what_cannot_be_initialized(make, initializer, error, message):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(error, match=message):
         initialize_(model, initializer)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for name, v in model.state_dict().items():
+        assert v.is_meta or torch.equal(v, before[name])
 
 
 # Collectors
