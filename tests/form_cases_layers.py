@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from form_cases import SHAPE, Case
+from form_cases_peft import drawn_factors, mixtures
 
 from lowrank_sp.adapters import forms
 from lowrank_sp.adapters.forms import LayerGrid
@@ -300,6 +301,11 @@ def tied_case(form, num_trainable):
     )
 
 
+def banked(a, k):
+    up, down = (mixtures(a[f"{side}_logits.{k}"], a["bank"], 2) for side in ("up", "down"))
+    return up.swapaxes(1, 2).reshape(-1, 2) @ down.reshape(2, -1)
+
+
 SAME = ((6, 5),) * 3
 PLAIN = LayerGrid.numbered(SAME)
 PAIRS = LayerGrid.indexed([*SAME, (6, 5)], [(0, 0), (0, 1), (1, 0), (1, 1)])
@@ -407,5 +413,25 @@ LAYERED = [
         num_trainable=3 * 16,
         lora=(3, 3, 3, 3),
         shapes=ATTENTION,
+    ),
+    LayeredCase(
+        "bank of vectors: VB-LoRA",
+        lambda w, rng: forms.VectorBank.create(w, 2, vectors=5, length=4, rng=rng),
+        banked,
+        num_trainable=5 * 4 + 5 * 2 * (8 + 8 + 4 + 8) // 4 * 2,
+        lora=(2, 2, 2, 2),
+        shapes=ATTENTION,
+        zero=False,
+    ),
+    LayeredCase(
+        "drawn entries: Uni-LoRA",
+        lambda w, rng: forms.DrawnEntries.create(w, 2, length=13, rng=rng),
+        lambda a, k: drawn_factors(
+            {**a, "up_places": a[f"up_places.{k}"], "down_places": a[f"down_places.{k}"]}, None
+        ),
+        num_trainable=13,
+        lora=(2, 2, 2, 2),
+        shapes=ATTENTION,
+        zero=False,
     ),
 ]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lowrank_sp._arrays import Array, namespace, slices
+from lowrank_sp._arrays import Array, device, namespace, slices
 from lowrank_sp.adapters.forms._form import Form
 
 # Entries in a block of rows, at least: a few megabytes, near a core between being made and used.
@@ -51,3 +51,8 @@ def apply_rows(x: Array, rows: Callable[[slice], Array], shape: tuple[int, int])
 def count_of(x: Array) -> int:
     """Number of inputs in ``x`` of shape ``(..., n)``."""
     return math.prod(x.shape[:-1])
+
+
+def none_of(x: Array, m: int) -> Array:
+    """The outputs, of ``m`` entries, where there are no inputs."""
+    return namespace(x).zeros((*x.shape[:-1], m), dtype=x.dtype, device=device(x))

@@ -35,17 +35,11 @@ class _Square(Form, ABC):
             x = xp.concat([x, x[..., :padding]], axis=-1)
         return xp.reshape(x, (*x.shape[:-1], (n + padding) // q, q))
 
-    def _stretched(self, y: Array, axis: int = -1) -> Array:
-        """``y`` repeated and cut to ``m`` entries."""
-        times = -(-self.size[0] // y.shape[axis])
-        y = y if times == 1 else namespace(y).concat([y] * times, axis=axis)
-        return y[..., : self.size[0]] if axis == -1 else y[: self.size[0], :]
-
 
 @dataclass(frozen=True, repr=False)
 class SharedSquare(_Square):
     r"""Inputs summed in groups, a square matrix, outputs repeated: MoRA :cite:p:`jiang2024mora`,
-    type 1.
+    types 1 to 4.
 
     .. math:: \Delta = D M C, \qquad (C x)_j = \sum_{i \equiv j \bmod q} x_i, \qquad
               (D y)_i = y_{i \bmod q},
@@ -53,12 +47,18 @@ class SharedSquare(_Square):
     where ``x`` is continued periodically to a multiple of ``q``. Its rank is ``q``, the root of
     the number of trained entries.
 
+    Groups of neighbours take the place of every ``q``-th entry in ``C`` or in ``D``, or in both. No
+    input is then counted twice: the first ``n mod q`` groups are longer by one.
+
     Attributes
     ----------
     square : array, shape (q, q)
         ``M``.
     size : (int, int)
         Shape ``(m, n)`` of the weight.
+    neighbours_in, neighbours_out : bool
+        Whether inputs, outputs are grouped with their neighbours: neither is type 1, both are type
+        2, the inputs type 3, the outputs type 4.
 
     Notes
     -----
@@ -75,33 +75,85 @@ class SharedSquare(_Square):
            [1., 0., 1.],
            [0., 2., 0.],
            [1., 0., 1.]])
+    >>> SharedSquare(np.array([[1.0, 0.0], [0.0, 2.0]]), (3, 3), True, True).delta().to_dense()
+    array([[1., 1., 0.],
+           [1., 1., 0.],
+           [0., 0., 2.]])
     """  # noqa: D205
 
     square: Trained[Array, "q q"]
     size: tuple[int, int]
+    neighbours_in: bool = False
+    neighbours_out: bool = False
 
     @classmethod
-    def create(cls, weight: Like, rank: int) -> Self:
+    def create(
+        cls,
+        weight: Like,
+        rank: int,
+        *,
+        neighbours_in: bool = False,
+        neighbours_out: bool = False,
+    ) -> Self:
         """Zero, with as many entries as factors of rank ``rank`` have, nearly."""
         size, like, q = _side(weight, rank)
-        return cls(zeros((q, q), like), size)
+        return cls(zeros((q, q), like), size, neighbours_in, neighbours_out)
 
     @property
     def rank_bound(self) -> int:
-        return self.square.shape[0]
+        return min(self.square.shape[0], *self.size)
 
     def delta(self) -> LowRank:
         xp = namespace(self.square)
-        q = self.square.shape[0]
+        q, (m, n) = self.square.shape[0], self.size
         eye = xp.eye(q, dtype=self.square.dtype, device=device(self.square))
-        n, padding = self.size[1], -self.size[1] % q
-        row = xp.concat([self.square] * ((n + padding) // q), axis=1)
+        up = neighbours(eye, m) if self.neighbours_out else tiled(eye, m)
+        if self.neighbours_in:
+            return LowRank(up.mT, neighbours(self.square, n))
+        padding = -n % q
+        row = tiled(self.square, n + padding)
         right = xp.concat([row[:, :padding] + row[:, n:], row[:, padding:n]], axis=1)
-        return LowRank(self._stretched(eye, 0), right)
+        return LowRank(up.mT, right)
 
     def apply(self, x: Array) -> Array:
-        grouped = namespace(x).sum(self._chunks(x), axis=-2)
-        return self._stretched(grouped @ self.square.mT)
+        m, q = self.size[0], self.square.shape[0]
+        grouped = summed(x, q) if self.neighbours_in else namespace(x).sum(self._chunks(x), axis=-2)
+        y = grouped @ self.square.mT
+        return neighbours(y, m) if self.neighbours_out else tiled(y, m)
+
+
+def tiled(y: Array, length: int) -> Array:
+    """``y`` repeated along its last axis, and cut to ``length`` entries."""
+    times = -(-length // y.shape[-1])
+    y = y if times == 1 else namespace(y).concat([y] * times, axis=-1)
+    return y[..., :length]
+
+
+def neighbours(y: Array, length: int) -> Array:
+    """Every entry of the last axis repeated in place, the first ones once more than the others."""
+    xp = namespace(y)
+    parts = []
+    for part, times in _uneven(y.shape[-1], length):
+        groups = xp.broadcast_to(y[..., part, None], (*y[..., part].shape, times))
+        parts.append(xp.reshape(groups, (*y.shape[:-1], (part.stop - part.start) * times)))
+    return xp.concat(parts, axis=-1)
+
+
+def summed(x: Array, groups: int) -> Array:
+    """Sums of neighbours: the transpose of :func:`neighbours`."""
+    xp, start, parts = namespace(x), 0, []
+    for part, times in _uneven(groups, x.shape[-1]):
+        count = part.stop - part.start
+        piece = x[..., start : start + count * times]
+        parts.append(xp.sum(xp.reshape(piece, (*x.shape[:-1], count, times)), axis=-1))
+        start += count * times
+    return xp.concat(parts, axis=-1)
+
+
+def _uneven(groups: int, length: int) -> list[tuple[slice, int]]:
+    """Which groups of neighbours there are, and how long they are."""
+    longer, times = length % groups, length // groups
+    return [(slice(0, longer), times + 1), (slice(longer, groups), times)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,7 +217,7 @@ class RotatedSquare(_Square):
         square = xp.reshape(grid, (2 * g * h, 2 * g * h))
         padding = 2 * g * h - n
         folded = square[:, :padding] + square[:, n:]
-        return self._stretched(xp.concat([folded, square[:, padding:n]], axis=1), 0)
+        return tiled(xp.concat([folded, square[:, padding:n]], axis=1).mT, self.size[0]).mT
 
     def apply(self, x: Array) -> Array:
         xp = namespace(x)
@@ -179,7 +231,7 @@ class RotatedSquare(_Square):
             axis=-1,
         )
         y = rotated @ self.square.mT
-        return self._stretched(xp.reshape(y, (*x.shape[:-1], y.shape[-2] * y.shape[-1])))
+        return tiled(xp.reshape(y, (*x.shape[:-1], y.shape[-2] * y.shape[-1])), self.size[0])
 
 
 def _side(weight: Like, rank: int, *, even: bool = False) -> tuple[tuple[int, int], Array, int]:

@@ -3,6 +3,7 @@ r"""A product plus entries at fixed places."""
 from __future__ import annotations
 
 import math
+from abc import ABC
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
@@ -23,14 +24,129 @@ from lowrank_sp.adapters.algebra.blocks import blocks_of, kth_largest
 from lowrank_sp.adapters.forms._draws import Like, template, uniform, zeros
 from lowrank_sp.adapters.forms._form import Form, Product
 from lowrank_sp.adapters.forms._parts import Fixed, Trained
+from lowrank_sp.adapters.forms._sparse import random_places
 from lowrank_sp.inverse.separation import LowRankPlusSparse
 
 # Entries of a block of rows in which the sparse part is laid out to be multiplied.
 _BLOCK = 2**20
 
 
+class _Sparse(Form, ABC):
+    """Values at fixed places, laid out and multiplied by blocks of rows."""
+
+    values: Array
+    places: Array
+    cuts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        places, (m, n) = to_host(self.places), self.shape
+        if len(places) and not (
+            np.all(places[1:] > places[:-1]) and places[0] >= 0 and places[-1] < m * n
+        ):
+            raise ValueError(
+                f"places must be sorted, distinct and in 0..{m * n - 1}; numpy.unique sorts them"
+            )
+        starts = np.arange(0, m + self._height, self._height).clip(max=m) * n
+        cuts = tuple(int(cut) for cut in np.searchsorted(places, starts))
+        object.__setattr__(self, "cuts", cuts)
+
+    def sparse(self) -> Array:
+        """The sparse part, as a dense array."""
+        return self._laid_out(slice(0, self.shape[0]), slice(None))
+
+    def _apply_sparse(self, x: Array) -> Array:
+        blocks = zip(slices(self.shape[0], self._height), pairwise(self.cuts), strict=True)
+        parts = [x @ self._laid_out(rows, slice(*part)).mT for rows, part in blocks]
+        return parts[0] if len(parts) == 1 else namespace(x).concat(parts, axis=-1)
+
+    @property
+    def _height(self) -> int:
+        return max(1, _BLOCK // self.shape[1])
+
+    def _laid_out(self, rows: slice, part: slice) -> Array:
+        height, n = rows.stop - rows.start, self.shape[1]
+        flat = placed(self.values[part], self.places[part] - rows.start * n, height * n)
+        return namespace(flat).reshape(flat, (height, n))
+
+
 @dataclass(frozen=True, repr=False)
-class ProductPlusSparse(Form):
+class Sparse(_Sparse):
+    r"""A sparse matrix of fixed support, :math:`\Delta = s S`: SHiRA :cite:p:`bhardwaj2024sparse`.
+
+    It has the trained numbers of LoRA, at a rank up to ``min(m, n)``. Adapters with different
+    supports hardly disturb each other, and are switched by writing a few entries of the weight.
+
+    Attributes
+    ----------
+    values : array, shape (k,)
+        Entries of ``S``.
+    places : integer array, shape (k,)
+        Where they stand, ``i n + j`` for row ``i`` and column ``j``: sorted and distinct.
+    size : (int, int)
+        Shape ``(m, n)`` of the weight.
+    scale : float
+        ``s``.
+    cuts : tuple of int
+        How many places come before every block of rows; found if not given.
+
+    Notes
+    -----
+    Multiplied by blocks of rows, as in :class:`ProductPlusSparse`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> form = Sparse.create((3, 4), places=np.array([1, 6]))
+    >>> form.replace({"values": np.array([5.0, 7.0])}).delta()
+    array([[0., 5., 0., 0.],
+           [0., 0., 7., 0.],
+           [0., 0., 0., 0.]])
+    """
+
+    values: Trained[Array, "k"]
+    places: Fixed[Array, "k"]
+    size: tuple[int, int]
+    scale: float = 1.0
+    cuts: tuple[int, ...] = ()
+
+    @classmethod
+    def create(cls, weight: Like, *, places: Array) -> Self:
+        """All values zero.
+
+        ``places`` come from :func:`largest_places`, of the magnitudes of the weight or of its
+        gradient, or from :func:`~lowrank_sp.updates.random_support`.
+        """
+        size, like = template(weight)
+        return cls(zeros((int(places.shape[0]),), like), places, size)
+
+    @classmethod
+    def create_random(cls, weight: Like, rank: int, *, rng: RNG = None) -> Self:
+        """As many random places as plain LoRA of a rank has trained numbers, ``r (m + n)``.
+
+        It is the number that PEFT expects, for any places.
+        """
+        size, like = template(weight)
+        drawn = random_places(math.prod(size), rank * sum(size), rng)
+        return cls.create(weight, places=_integers(drawn, like, math.prod(size)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @property
+    def rank_bound(self) -> int:
+        return min(*self.size, self.values.shape[0])
+
+    def delta(self) -> Array:
+        return self.sparse() * self.scale
+
+    def apply(self, x: Array) -> Array:
+        return self._apply_sparse(x) * self.scale
+
+
+@dataclass(frozen=True, repr=False)
+class ProductPlusSparse(_Sparse):
     r"""A product and a sparse matrix of fixed support, :math:`\Delta = s B A + S`.
 
     RoSA :cite:p:`nikdan2024rosa` takes the largest entries of an accumulated gradient for the
@@ -74,19 +190,6 @@ class ProductPlusSparse(Form):
     cuts: tuple[int, ...] = ()
 
     products = (("up", "down"),)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        places, (m, n) = to_host(self.places), self.shape
-        if len(places) and not (
-            np.all(places[1:] > places[:-1]) and places[0] >= 0 and places[-1] < m * n
-        ):
-            raise ValueError(
-                f"places must be sorted, distinct and in 0..{m * n - 1}; numpy.unique sorts them"
-            )
-        starts = np.arange(0, m + self._height, self._height).clip(max=m) * n
-        cuts = tuple(int(cut) for cut in np.searchsorted(places, starts))
-        object.__setattr__(self, "cuts", cuts)
 
     @classmethod
     def create(
@@ -150,24 +253,9 @@ class ProductPlusSparse(Form):
     def delta(self) -> Array:
         return (self.up * self.scale) @ self.down + self.sparse()
 
-    def sparse(self) -> Array:
-        """The sparse part, as a dense array."""
-        return self._laid_out(slice(0, self.shape[0]), slice(None))
-
     def apply(self, x: Array) -> Array:
         y = ((x @ self.down.mT) * self.scale) @ self.up.mT
-        blocks = zip(slices(self.shape[0], self._height), pairwise(self.cuts), strict=True)
-        parts = [x @ self._laid_out(rows, slice(*part)).mT for rows, part in blocks]
-        return y + (parts[0] if len(parts) == 1 else namespace(x).concat(parts, axis=-1))
-
-    @property
-    def _height(self) -> int:
-        return max(1, _BLOCK // self.down.shape[1])
-
-    def _laid_out(self, rows: slice, part: slice) -> Array:
-        height, n = rows.stop - rows.start, self.down.shape[1]
-        flat = placed(self.values[part], self.places[part] - rows.start * n, height * n)
-        return namespace(flat).reshape(flat, (height, n))
+        return y + self._apply_sparse(x)
 
 
 def largest_places(scores: Array, density: float) -> Array:

@@ -12,10 +12,11 @@ from typing import Self
 
 import numpy as np
 
-from lowrank_sp._arrays import RNG, Array, device, from_host, namespace, placed, to_host
+from lowrank_sp._arrays import RNG, Array, from_host, namespace, placed
 from lowrank_sp.adapters.forms._draws import normal, zeros
 from lowrank_sp.adapters.forms._form import Form, check_weight
 from lowrank_sp.adapters.forms._parts import Fixed, Trained
+from lowrank_sp.adapters.forms._sparse import check_places, row_counts, times_sparse
 from lowrank_sp.factors import LowRank
 from lowrank_sp.linalg.svd import truncated_svd
 
@@ -102,9 +103,7 @@ class SparseCore(Form):
     Notes
     -----
     ``2 k (m + n)`` flops per input for the basis and ``2 z`` for the core: twice those of the
-    weight, if it is square and all of its triplets are taken. The core is applied by jagged
-    diagonals: the first entries of all rows, longer rows before shorter ones, then the second
-    entries of those that have one, and so on, each a gather and a sum of slices.
+    weight, if it is square and all of its triplets are taken.
 
     Examples
     --------
@@ -126,20 +125,9 @@ class SparseCore(Form):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        places, size = to_host(self.places), self.u.shape[1]
-        if not (
-            len(places)
-            and np.all(places[1:] > places[:-1])
-            and places[0] >= 0
-            and places[-1] < size**2
-        ):
-            raise ValueError(
-                f"places must be sorted, distinct and in 0..{size**2 - 1}, at least one; "
-                "numpy.unique sorts them"
-            )
-        degrees = np.bincount(places // size)
-        counts = tuple(int(np.sum(degrees > j)) for j in range(degrees.max()))
-        object.__setattr__(self, "counts", counts)
+        size = self.u.shape[1]
+        places = check_places(self.places, (size, size))
+        object.__setattr__(self, "counts", row_counts(places, size))
 
     @classmethod
     def create(
@@ -187,21 +175,7 @@ class SparseCore(Form):
 
     def _times_core(self, z: Array) -> Array:
         """``z @ M.T`` for ``z`` of shape ``(..., k)``."""
-        xp = namespace(self.places)
-        size = self.u.shape[1]
-        rows, columns = self.places // size, self.places % size
-        every = xp.arange(size + 1, dtype=rows.dtype, device=device(rows))
-        bounds = xp.searchsorted(rows, every)
-        order = xp.argsort(bounds[1:] - bounds[:-1], descending=True)
-        heads = xp.take(bounds, order)
-        total = z[..., :0]
-        for j, count in reversed(list(enumerate(self.counts))):
-            at = heads[:count] + j
-            term = xp.take(z, xp.take(columns, at), axis=-1) * xp.take(self.values, at)
-            shorter = total.shape[-1]
-            total = xp.concat([term[..., :shorter] + total, term[..., shorter:]], axis=-1)
-        without = xp.zeros_like(z[..., self.counts[0] :])
-        return xp.take(xp.concat([total, without], axis=-1), xp.argsort(order), axis=-1)
+        return times_sparse(z, self.values, self.places, self.counts, self.u.shape[1])
 
 
 def banded_places(size: int, width: int = 0, *, like: Array) -> Array:
