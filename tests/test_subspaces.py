@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 from cases import gaussian, orthonormal, with_spectrum
@@ -27,7 +28,14 @@ from lowrank_sp.adapters._products import product_of
 from lowrank_sp.adapters.algebra import subtract
 from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.statistics import SecondMoment
-from lowrank_sp.adapters.subspaces import Projector, SafeProduct, input_span, restricted, span
+from lowrank_sp.adapters.subspaces import (
+    Projector,
+    SafeProduct,
+    TrailingPart,
+    input_span,
+    restricted,
+    span,
+)
 from lowrank_sp.linalg.spectrum import stable_rank
 
 M, N, RANK = 14, 12, 3
@@ -544,6 +552,109 @@ def test_the_task_aware_start_keeps_the_layer(dtype, xp):
     assert np.linalg.norm(dense(form.delta()) - expected) <= 100 * tol
 
 
+# ---------------------------------------------------------- the trailing part of a weight, trained
+
+KEPT = 4
+
+
+def trailing(asarray=np.asarray, dtype=np.float64):
+    """With random trained arrays, which the leading directions are part of."""
+    form, _ = TrailingPart.of_weight(asarray(gaussian(M, N, seed=7).astype(dtype)), KEPT)
+    r = N - KEPT
+    sizes = {"up": (M, r), "values": (r, 1), "down": (r, N)}
+    drawn = {name: gaussian(*size, seed=8).astype(dtype) for name, size in sizes.items()}
+    drawn["values"] = drawn["values"][:, 0]
+    return form.replace({name: asarray(a) for name, a in drawn.items()})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_laws_of_forms_hold_for_the_trailing_part(dtype, xp):
+    weight = gaussian(M, N, seed=7).astype(dtype)
+    form = trailing(xp.asarray, dtype)
+    a = host_arrays(form, xp.host)
+    u, vh = a["kept_up"], a["kept_down"]
+    middle = a["up"] @ np.diag(a["values"]) @ a["down"]
+    update = (np.eye(M) - u @ u.T) @ middle @ (np.eye(N) - vh.T @ vh)
+    check_update(form, update, dtype, xp.host)
+    check_apply(form, update, weight, dtype, xp)
+    check_merge(form, update, weight, dtype, xp)
+    check_conversion(form, update, N - KEPT, dtype, xp)
+    if dtype == np.float64:
+        check_rank(form, form.rank_bound, xp.host)
+    assert form.rank_bound == N - KEPT
+    assert form.num_trainable == (M + N + 1) * (N - KEPT)
+    # Whatever is trained, leading directions read and write what they did.
+    found = wide(form.delta().to_dense())
+    tol = 100 * eps(np.dtype(dtype)) * np.linalg.norm(middle)
+    assert np.linalg.norm(u.T @ found) <= tol
+    assert np.linalg.norm(found @ vh.T) <= tol
+    if xp.name == "numpy" and dtype == np.float64:
+        check_gradients(trailing, [weight], trailing())
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(M, N), (N, M), (N, N)])
+def test_the_trailing_part_starts_where_the_weight_is(shape, dtype, xp):
+    weight = gaussian(*shape, seed=7, dtype=dtype)
+    form, base = TrailingPart.of_weight(xp.asarray(weight), KEPT)
+    tol = 1e3 * eps(np.dtype(dtype)) * np.linalg.norm(weight)
+    assert base.dtype == xp.asarray(weight).dtype
+    assert np.linalg.norm(wide(base) + dense(form.delta()) - weight) <= tol
+    assert np.linalg.norm(wide(base) - best(weight, KEPT)) <= tol
+    x = gaussian(3, shape[1], seed=1, dtype=dtype)
+    y = to_host(form.apply(xp.asarray(x)))
+    assert np.linalg.norm(y - x @ (weight - best(weight, KEPT)).T) <= 10 * tol
+    assert TrailingPart.of_weight(weight).form.kept_up.shape[1] == N // 2
+
+
+def osf_of(weight):
+    """A linear layer that PEFT trains by OSF."""
+    layer = torch.nn.Linear(weight.shape[1], len(weight), bias=False).double()
+    layer.weight.data = torch.as_tensor(weight)
+    config = peft.OSFConfig(target_modules=["0"], effective_rank=KEPT)
+    return peft.get_peft_model(torch.nn.Sequential(layer), config)
+
+
+@pytest.mark.parametrize("shape", [(M, N), (N, M), (N, N)])
+def test_osf_of_peft_takes_the_same_path_by_gradient_descent_and_leaves_it_by_adam(shape):
+    weight = gaussian(*shape, seed=7)
+    rng = np.random.default_rng(0)
+    x, y = (torch.as_tensor(rng.standard_normal((30, size))) for size in shape[::-1])
+    kept = np.linalg.svd(weight)[0][:, :KEPT]
+
+    def trained(parameters, loss, kind, lr):
+        optimizer = kind(parameters, lr=lr)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+    for kind, lr in ((torch.optim.SGD, 0.05), (torch.optim.Adam, 0.02)):
+        theirs = osf_of(weight)
+        their = [p for p in theirs.parameters() if p.requires_grad]
+        trained(their, lambda net=theirs: ((net(x) - y) ** 2).mean(), kind, lr)
+        # PEFT computes the SVD in single precision.
+        layer = theirs.base_model.model[0]
+        change = layer.get_delta_weight("default").detach().numpy()
+        form, base = TrailingPart.of_weight(torch.as_tensor(weight), KEPT)
+        leaves = {k: p.clone().requires_grad_() for k, p in form.parameters().items()}
+        ours = form.replace(leaves)
+        trained(
+            leaves.values(),
+            lambda f=ours, b=base: ((f.adapt(x, x @ b.mT) - y) ** 2).mean(),
+            kind,
+            lr,
+        )
+        found = (base + ours.delta().to_dense()).detach().numpy() - weight
+        off = np.linalg.norm(kept.T @ change) / np.linalg.norm(change)
+        assert np.linalg.norm(kept.T @ found) <= 1e-12 * np.linalg.norm(weight)
+        if kind is torch.optim.SGD:
+            assert np.linalg.norm(found - change) <= 1e-5 * np.linalg.norm(change)
+            assert off <= 1e-5
+        else:
+            assert off > 1e-2
+
+
 def test_guarding_a_null_space_and_starting_outside_of_what_is_excited():
     """The recipe of the guide: CorDA's trailing triplets, and changes outside of the inputs."""
     weight, harmful = gaussian(M, N), gaussian(5, N, seed=1)
@@ -703,6 +814,11 @@ REFUSED = {
         lambda: SafeProduct.create((M, N), 1, protected=P),
         r"protected must have shape \(14, 14\)",
     ),
+    "kept": (
+        lambda: TrailingPart.of_weight(np.ones((3, 4)), 3),
+        r"kept must be in 1\.\.2 for shape 3 x 4, got 3",
+    ),
+    "no weight": (lambda: TrailingPart.of_weight(np.full((3, 4), np.nan), 1), "must be finite"),
     "real weight": (
         lambda: subspaces.harmful_outputs(np.eye(3), inputs=1j * np.eye(3)),
         "weight must be complex",

@@ -17,6 +17,7 @@ from lowrank_sp.adapters.subspaces.spectral import at_stable_rank as at_stable_r
 from lowrank_sp.adapters.subspaces.spectral import clipped as clipped
 from lowrank_sp.adapters.subspaces.spectral import powered as powered
 from lowrank_sp.adapters.subspaces.spectral import reweighted as reweighted
+from lowrank_sp.adapters.subspaces.trailing import TrailingPart as TrailingPart
 from lowrank_sp.adapters.subspaces.unlearning import fila as fila
 from lowrank_sp.adapters.subspaces.unlearning import negated as negated
 from lowrank_sp.adapters.subspaces.unlearning import row_importance as row_importance
