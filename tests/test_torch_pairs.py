@@ -1,6 +1,7 @@
 """Factor pairs found in models: the right factors, and the scale that the model uses."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from peft import AdaLoraConfig, KasaConfig, LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 from transformers import GPT2Config, GPT2Model
+from update_cases import RULES
 
-from lowrank_sp.adapters.forms import Product
-from lowrank_sp.torch import ParameterPair, attach_forms, lora_pairs
+from lowrank_sp.adapters.forms import DiagonalCore, FullCore, Product
+from lowrank_sp.torch import FactorOptimizer, ParameterPair, attach, attach_forms, lora_pairs
+from lowrank_sp.updates import SAM, AdamW, Clip, EFlat, PoLAR, SkipNonFinite, StelLA
 
 
 class Model(nn.Module):
@@ -127,6 +130,94 @@ def test_a_scale_of_zero_is_zero():
     model = nn.Sequential(nn.Linear(6, 4))
     attach_forms(model, {"0": Product(torch.ones(4, 2), torch.ones(2, 6), 0.0)})
     assert [pair.scale for pair in lora_pairs(model)] == [0.0]
+
+
+# A core between the factors
+
+
+def with_core(create, dtype=torch.float64):
+    """A layer whose update is ``scale up core down``, the core not the identity."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5, dtype=dtype))
+    attach(model, partial(create, rank=3, alpha=6), targets=["0"], rng=0)
+    with torch.no_grad():
+        core = model[0].adapter.core
+        core.copy_(torch.randn(core.shape, dtype=dtype))
+    return model
+
+
+CORES = [DiagonalCore.create, DiagonalCore.at_identity, FullCore.create, FullCore.at_identity]
+
+
+@pytest.mark.parametrize("create", CORES)
+def test_pairs_with_a_core_say_what_the_form_adds(create):
+    model = with_core(create)
+    [pair] = lora_pairs(model)
+    assert (pair.name, pair.rank, pair.scale) == ("0", 3, 2.0)
+    assert pair.core is model[0].adapter.core
+    torch.testing.assert_close(pair.delta(), model[0].form().delta().to_dense())
+    product = pair.scale * pair.up @ pair.down
+    assert torch.linalg.norm(pair.delta() - product) > 0.1 * torch.linalg.norm(product)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_only_rules_of_single_factors_move_pairs_with_a_core(name):
+    rule, pairs = RULES[name], lora_pairs(with_core(FullCore.at_identity))
+    for wrapped in (rule, SkipNonFinite(rule), SAM(rule)):
+        if rule.factorwise:
+            FactorOptimizer(pairs, wrapped)
+        else:
+            with pytest.raises(
+                ValueError, match=r"moves a product of two factors, and 0 has a core"
+            ):
+                FactorOptimizer(pairs, wrapped)
+    # What surrounds a product projects on its tangent space, whatever the rule inside.
+    for wrapped in (Clip(rule), EFlat(rule)):
+        with pytest.raises(ValueError, match="moves a product of two factors"):
+            FactorOptimizer(pairs, wrapped)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_single_factors_make_nothing_of_the_other(name):
+    """The path of ``up`` under its own gradients, beside two paths of ``down`` and two scales."""
+    rule = RULES[name]
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    start, grads = draw(12, 3), draw(4, 12, 3)
+    ends = []
+    for scale in (0.7, 1.9):
+        up, down = start, scale**4 * draw(3, 9)
+        state = rule.init(up, down)
+        for grad in grads:
+            up, down, state = rule.step(up, down, grad, draw(3, 9), state, scale=scale)
+        ends.append(up)
+    assert torch.equal(*ends) == rule.factorwise
+
+
+@pytest.mark.parametrize("rule", [StelLA(lr=0.02), PoLAR(lr=0.02, strength=1.0), AdamW(lr=0.02)])
+def test_pairs_with_a_core_are_trained(rule):
+    model = with_core(FullCore.at_identity)
+    [pair] = lora_pairs(model)
+    optimizer = FactorOptimizer([pair], rule, others=model.parameters())
+    assert optimizer.param_groups[1]["params"] == [pair.core]
+    x = torch.randn(20, 7, dtype=torch.float64)
+    target, core, losses = model(x).detach().flip(0), pair.core.detach().clone(), []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert not torch.equal(pair.core, core)
+    gap = torch.linalg.norm(pair.up.mT @ pair.up - torch.eye(3)).item()
+    assert (gap <= 100 * torch.finfo(torch.float64).eps) == isinstance(rule, StelLA)
+
+
+def test_cores_that_do_not_fit():
+    up, down = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(2, 6))
+    with pytest.raises(ValueError, match=r"core must be \(2,\) or \(2, 2\), got \(3,\) in query"):
+        ParameterPair("query", up, down, core=torch.ones(3))
 
 
 def test_model_without_a_pair():
