@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:Adapter 'default'. 2 LoRA tensor:peft.utils.warning.PeftWarning"
     ),
+    # SHiRA makes a sparse tensor without saying whether PyTorch shall check it.
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly:UserWarning"),
     # It wants the basis, which all layers share, once more for every layer.
     pytest.mark.filterwarnings(r"ignore:Found missing adapter keys.*randlora_A:UserWarning"),
 ]
@@ -137,8 +139,68 @@ CASES = {
     ),
 }
 
+CASES |= {
+    "fourierft": Case(peft.FourierFTConfig, forms.FourierCoefficients, {"n_frequency": 40}),
+    "fourierft, patterns": Case(
+        peft.FourierFTConfig,
+        forms.FourierCoefficients,
+        {
+            "n_frequency": 40,
+            "n_frequency_pattern": {"wide": 30},
+            "scaling": 70.5,
+            "random_loc_seed": 3,
+        },
+    ),
+    "waveft": Case(peft.WaveFTConfig, forms.WaveletCoefficients, {"n_frequency": 40}),
+    "waveft, proportional": Case(
+        peft.WaveFTConfig,
+        forms.WaveletCoefficients,
+        {
+            "n_frequency": 40,
+            "wavelet_family": "db4",
+            "random_loc_seed": 3,
+            "proportional_parameters": True,
+        },
+    ),
+    "shira": Case(peft.ShiraConfig, forms.Sparse, {"r": 2}),
+    "c3a": Case(peft.C3AConfig, forms.BlockCirculant, {"block_size": 6}),
+    "c3a, patterns": Case(
+        peft.C3AConfig,
+        forms.BlockCirculant,
+        {"block_size": 4, "block_size_pattern": {"even": 3, "wide": 12}},
+    ),
+    "vblora": Case(
+        peft.VBLoRAConfig,
+        forms.BankFactors,
+        {"r": 3, "num_vectors": 10, "vector_length": 4, "topk": 3},
+    ),
+    "vblora, largest": Case(
+        peft.VBLoRAConfig,
+        forms.BankFactors,
+        {"r": 3, "num_vectors": 10, "vector_length": 4, "save_only_topk_weights": True},
+    ),
+    "unilora": Case(
+        peft.UniLoraConfig, forms.DrawnFactors, {"r": 3, "theta_d_length": 20, "save_indices": True}
+    ),
+    "miss": Case(peft.MissConfig, forms.SharedShard, {"r": 5}),
+    "miss, mini": Case(
+        peft.MissConfig, forms.SharedShard, {"r": 4, "init_weights": "mini", "mini_r": 6}
+    ),
+    "bone": Case(peft.MissConfig, forms.WeightShards, {"r": 4, "init_weights": "bat"}),
+    "delora": Case(
+        peft.DeloraConfig,
+        forms.NormalizedProduct,
+        {"r": 3, "delora_lambda": 3, "rank_pattern": {"even": 2}},
+    ),
+    "hra": Case(peft.HRAConfig, forms.Reflections, {"r": 4}),
+    "hra, orthogonal": Case(
+        peft.HRAConfig, forms.Reflections, {"r": 4, "apply_GS": True, "init_weights": False}
+    ),
+}
+
 #: The same for layers of GPT-2, as far as PEFT has them.
-WITHOUT_CONV1D = {peft.LoHaConfig, peft.LoKrConfig, peft.PsoftConfig}
+WITHOUT_CONV1D = {peft.LoHaConfig, peft.LoKrConfig, peft.PsoftConfig, peft.ShiraConfig}
+WITHOUT_CONV1D |= {peft.C3AConfig, peft.MissConfig, peft.DeloraConfig, peft.HRAConfig}
 for name, of_linear in list(CASES.items()):
     if of_linear.config not in WITHOUT_CONV1D and name != "kasa":
         options = {**of_linear.options, "fan_in_fan_out": True}
@@ -273,6 +335,11 @@ def per_layer(create):
     }
 
 
+def at_zero(create):
+    """For forms that draw nothing."""
+    return lambda weights: {name: create(weight) for name, weight in weights.items()}
+
+
 def layered(create):
     def made(weights):
         form = create(list(weights.values()))
@@ -312,6 +379,15 @@ def tied_by_two(weights):
     return {first: alone, second: form.layer(0), third: form.layer(1)}
 
 
+def scaled_circulant(weights):
+    """Blocks of three sizes, at a scale that PEFT does not have."""
+    layers = {}
+    for block, (name, weight) in zip((12, 6, 12), weights.items(), strict=True):
+        form = forms.BlockCirculant.create(weight, block=block, rng=block)
+        layers[name] = forms.BlockCirculant(form.kernel, 0.7)
+    return layers
+
+
 MADE_HERE = {
     "product": per_layer(partial(forms.Product.create, rank=3, alpha=5)),
     "product, third": per_layer(partial(forms.Product.create, rank=3, alpha=1)),
@@ -336,6 +412,18 @@ MADE_HERE = {
     "combined core": per_layer(partial(forms.CombinedCore.create, rank=2, size=3)),
     "combined core, tied": layered(partial(forms.TiedCores.create, rank=2, size=3, rng=0)),
     "combined core, tied by two": tied_by_two,
+    "fourier": per_layer(partial(forms.FourierCoefficients.create, count=30, seed=7)),
+    "wavelets": per_layer(partial(forms.WaveletCoefficients.create, count=30, order=2, seed=7)),
+    "sparse": per_layer(partial(forms.Sparse.create_random, rank=2)),
+    "circulant": per_layer(partial(forms.BlockCirculant.create, block=4)),
+    "circulant, scaled": scaled_circulant,
+    "bank": layered(partial(forms.VectorBank.create, rank=3, vectors=9, length=6, rng=0)),
+    "drawn entries": layered(partial(forms.DrawnEntries.create, rank=3, length=20, rng=0)),
+    "shards": at_zero(partial(forms.SharedShard.create, rank=5)),
+    "shards, repeated": at_zero(partial(forms.SharedShard.create, rank=5, rows=4)),
+    "shards of the weight": at_zero(partial(forms.WeightShards.create, rank=4)),
+    "normalized product": per_layer(partial(forms.NormalizedProduct.create, rank=3)),
+    "reflections": per_layer(partial(forms.Reflections.create, rank=4)),
 }
 
 
@@ -567,6 +655,47 @@ NOT_WRITTEN = {
         ),
         "2 groups begin at a, c, got a, b",
     ),
+    "places without a seed": (
+        {"a": forms.FourierCoefficients.create((12, 24), 5, rng=0)},
+        "a: FourierFT draws its places from a seed, and the form has none",
+    ),
+    "places of another seed": (
+        {"a": forms.FourierCoefficients(np.ones(2), np.array([3, 8]), (12, 24), seed=777)},
+        "a: the places are not those that FourierFT draws from the seed 777",
+    ),
+    "seeds": (
+        {
+            "a": forms.WaveletCoefficients.create((12, 24), 5, seed=1),
+            "b": forms.WaveletCoefficients.create((12, 24), 5, seed=2),
+        },
+        "WaveFT has one seed for all layers, got 1 of a and 2 of b",
+    ),
+    "another wavelet": (
+        {
+            "a": forms.WaveletCoefficients(
+                np.ones(1), np.array([4]), np.array([0.6, 0.8]), (12, 24), seed=777
+            )
+        },
+        r"a: WaveFT is written for the filters of daubechies\(\)",
+    ),
+    "number of entries": (
+        {"a": forms.Sparse.create((12, 24), places=np.arange(40))},
+        r"PEFT has r \(m \+ n\) entries of SHiRA in a layer, got 1.111 \(m \+ n\)",
+    ),
+    "banks": (
+        {
+            "a": forms.BankFactors.create((12, 24), 3, length=4, rng=0),
+            "b": forms.BankFactors.create((12, 24), 3, length=4, rng=1),
+        },
+        "b: bank must be a part of one array that all layers of VB-LoRA share",
+    ),
+    "rows of shards": (
+        {
+            "a": forms.SharedShard.create((12, 24), 3, rows=4),
+            "b": forms.SharedShard.create((12, 24), 3, rows=6),
+        },
+        "MiSS has one number of rows of shards for all layers, got 4 of a and 6 of b",
+    ),
     "PSOFT without a model": (
         {"a": forms.RotatedCore.create(np.diag([3.0, 2.0, 1.0]), 2)},
         "a: PSOFT cannot be read or written without the base model; give model",
@@ -629,6 +758,26 @@ NOT_READ = {
         {"base_model.randlora_A": None},
         "save the adapter there with save_projection=True",
     ),
+    "wavelet": ("waveft", {"wavelet_family": "sym2"}, {}, "db1 to db10 with use_idwt, got sym2"),
+    "no transform": ("waveft", {"use_idwt": False}, {}, "convert the adapter to LoRA in PEFT"),
+    "places": (
+        "unilora",
+        {},
+        {f"{Q}.unilora_scales_A": np.arange(72, dtype=np.float32).reshape(3, 24)},
+        "wide: unilora_scales must be the same wherever unilora_indices are",
+    ),
+    "places for data": (
+        "unilora",
+        {},
+        {f"{Q}.unilora_scales_A": np.ones((3, 24), np.int32)},
+        "unilora_scales_A: a weight must be stored as",
+    ),
+    "no bank": (
+        "vblora",
+        {},
+        {"base_model.vblora_vector_bank": None},
+        "the file has no base_model.vblora_vector_bank",
+    ),
     "option": ("psoft", {"use_cayley_neumann": True}, {}, "use_cayley_neumann=True of PSOFT"),
     "type": ("lora", {"peft_type": "IA3"}, {}, "peft_type must be one of ADALORA, .*, got IA3"),
     "expression": ("lora", {"alpha_pattern": {"(": 2}}, {}, "not a regular expression"),
@@ -650,7 +799,55 @@ def test_what_is_wrong_with_a_file_is_named(kind, tmp_path):
         dict(read_adapter(tmp_path, model=model, svd=svd).layers)
 
 
-@pytest.mark.parametrize("name", ["dora", "hira", "vera", "randlora", "psoft"])
+def test_files_of_unilora_without_places(tmp_path):
+    case = CASES["unilora"]
+    trained(replace(case, options={**case.options, "save_indices": False})).save_pretrained(
+        str(tmp_path)
+    )
+    with pytest.raises(CheckpointError, match=r"no layer with .* in PEFT with save_indices=True"):
+        read_adapter(tmp_path)
+
+
+def test_places_of_shira_as_windows_stores_them(tmp_path):
+    trained(CASES["shira"]).save_pretrained(str(tmp_path))
+    (tmp_path / "base").mkdir()
+    model = checkpoint_of(base(), tmp_path / "base")
+    first = dict(read_adapter(tmp_path, model=model).layers)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {key: a.astype(np.float32) for key, a in load_file(path).items()}
+    save_file(tensors, path)
+    second = read_adapter(tmp_path, model=model).layers
+    for name, form in first.items():
+        assert np.array_equal(dense(form), dense(second[name]))
+
+
+def test_places_are_those_of_the_generator_of_pytorch():
+    for size, count, seed in ((96, 96, 777), (10_007, 50, 3)):
+        generator = torch.Generator().manual_seed(seed)
+        expected = torch.randperm(size, generator=generator)[:count].numpy()
+        assert np.array_equal(forms.peft_places(size, count, seed=seed), expected)
+
+
+def test_counts_of_layers_of_which_one_name_ends_another(tmp_path):
+    """Patterns of FourierFT ask for a dot before them, which the first of these names has not."""
+    layers = {
+        name: forms.FourierCoefficients.create((6, 4), count, seed=777, rng=0)
+        for name, count in {"q": 3, "a.q": 5, "b.q": 5, "c.q": 7}.items()
+    }
+    write_adapter(tmp_path, Adapter(layers))
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q": nn.Linear(4, 6)})
+    model.update({name: nn.ModuleDict({"q": nn.Linear(4, 6)}) for name in "abc"})
+    loaded = peft.PeftModel.from_pretrained(model, str(tmp_path)).base_model.model
+    for name, form in layers.items():
+        update = loaded.get_submodule(name).get_delta_weight("default").detach().numpy()
+        assert_close(update, form.delta())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dora", "hira", "vera", "randlora", "psoft", "fourierft", "shira", "miss", "bone", "hra"],
+)
 def test_methods_that_need_the_model_say_so(name, tmp_path):
     trained(CASES[name]).save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match="read or written without the base model; give model"):

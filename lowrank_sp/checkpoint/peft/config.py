@@ -110,6 +110,21 @@ def patterned(
     }
 
 
+def counted(
+    values: Mapping[str, int], key: str, pattern: str | None = None
+) -> dict[str, int | dict[str, int]]:
+    """Counts as they are written: the most frequent one, and a pattern for the rest."""
+    found = list(values.values())
+    most = max(sorted(set(found)), key=found.count)
+    other = {
+        # Some methods ask for a dot before an expression: the other branch does without.
+        _pattern_of(name, values).replace("^", "(?!)|^"): value
+        for name, value in values.items()
+        if value != most
+    }
+    return {key: most, pattern or f"{key}_pattern": other}
+
+
 def _pattern_of(name: str, names: Mapping[str, Any]) -> str:
     """An expression that matches one of the names alone."""
     if any(other.endswith(f".{name}") for other in names):

@@ -12,22 +12,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_sp.adapters.forms import (
+    BankFactors,
+    BlockCirculant,
     BlockGrid,
     CombinedCore,
     DiagonalCore,
+    DrawnFactors,
     FixedSides,
     FixedUp,
     Form,
+    FourierCoefficients,
     Gains,
     HadamardProduct,
     HadamardWeight,
     KroneckerProduct,
+    NormalizedProduct,
     PositionalRandomSum,
     Product,
+    Reflections,
     RotatedCore,
     RowMagnitude,
+    SharedShard,
+    Sparse,
+    WaveletCoefficients,
+    WeightShards,
 )
-from lowrank_sp.checkpoint.peft import lora, lycoris, shared, sides
+from lowrank_sp.checkpoint.peft import banks, coefficients, lora, lycoris, shards, shared, sides
 from lowrank_sp.checkpoint.peft.config import Config
 from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place
 
@@ -71,6 +81,10 @@ class Method:
         Ends of keys that layers may have beside a layout.
     conv1d : bool
         Whether PEFT has it for weights that are stored inputs by outputs.
+    places : tuple of str
+        Ends of keys whose tensors hold integers.
+    remedy : str
+        What errors say to do about a file without layers.
     """
 
     peft_type: str
@@ -88,6 +102,8 @@ class Method:
     by_value: bool = False
     ignored: tuple[str, ...] = ()
     conv1d: bool = True
+    places: tuple[str, ...] = ()
+    remedy: str = ""
 
 
 _LORA = ("lora_A.weight", "lora_B.weight")
@@ -97,6 +113,9 @@ _PSOFT = tuple(
     ("psoft_R.weight", *(f"psoft_R.vector_{ab}" for ab in vectors))
     for vectors in ("ab", "a", "b", "")
 )
+_VBLORA = tuple(f"vblora_logits_{ab}" for ab in "AB")
+_TOP = tuple(f"{end}_topk_{what}" for end in _VBLORA for what in ("indices", "weights"))
+_UNILORA = tuple(f"unilora_{what}_{ab}" for what in ("indices", "scales") for ab in "AB")
 _LEFT, _RIGHT = (((f"lokr_w{i}",), (f"lokr_w{i}_a", f"lokr_w{i}_b")) for i in (1, 2))
 
 #: All rows; the first that a configuration chooses is taken.
@@ -254,5 +273,121 @@ METHODS = (
         conv1d=False,
         needs_model=True,
         by_value=True,
+    ),
+    Method(
+        "FOURIERFT",
+        "FourierFT",
+        FourierCoefficients,
+        (("fourierft_spectrum",),),
+        coefficients.load_fourier,
+        coefficients.save_fourier,
+        coefficients.configure_fourier,
+        needs_model=True,
+        by_value=True,
+    ),
+    Method(
+        "WAVEFT",
+        "WaveFT",
+        WaveletCoefficients,
+        (("waveft_spectrum",),),
+        coefficients.load_wave,
+        coefficients.save_wave,
+        coefficients.configure_wave,
+        needs_model=True,
+        by_value=True,
+    ),
+    Method(
+        "SHIRA",
+        "SHiRA",
+        Sparse,
+        (("shira_weight", "shira_indices"),),
+        coefficients.load_shira,
+        coefficients.save_shira,
+        coefficients.configure_shira,
+        needs_model=True,
+        by_value=True,
+        conv1d=False,
+        places=("shira_indices",),
+    ),
+    Method(
+        "C3A",
+        "C3A",
+        BlockCirculant,
+        (("c3a_kernel",),),
+        coefficients.load_c3a,
+        coefficients.save_c3a,
+        coefficients.configure_c3a,
+        conv1d=False,
+    ),
+    Method(
+        "VBLORA",
+        "VB-LoRA",
+        BankFactors,
+        (_VBLORA, _TOP),
+        banks.load_vblora,
+        banks.save_vblora,
+        banks.configure_vblora,
+        shared=("vblora_vector_bank",),
+        share=banks.share_vblora,
+        by_value=True,
+        places=tuple(end for end in _TOP if end.endswith("indices")),
+    ),
+    Method(
+        "UNILORA",
+        "Uni-LoRA",
+        DrawnFactors,
+        (_UNILORA,),
+        banks.load_unilora,
+        banks.save_unilora,
+        banks.configure_unilora,
+        shared=("unilora_theta_d",),
+        share=banks.share_unilora,
+        by_value=True,
+        places=tuple(end for end in _UNILORA if "indices" in end),
+        remedy="; save the adapter in PEFT with save_indices=True",
+    ),
+    Method(
+        "MISS",
+        "Bone",
+        WeightShards,
+        (("miss_block",),),
+        shards.load_bone,
+        shards.save_bone,
+        shards.configure_bone,
+        chosen=shards.is_bone,
+        needs_model=True,
+        conv1d=False,
+    ),
+    Method(
+        "MISS",
+        "MiSS",
+        SharedShard,
+        (("miss_block",),),
+        shards.load_miss,
+        shards.save_miss,
+        shards.configure_miss,
+        needs_model=True,
+        conv1d=False,
+    ),
+    Method(
+        "DELORA",
+        "DeLoRA",
+        NormalizedProduct,
+        (("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),),
+        shards.load_delora,
+        shards.save_delora,
+        shards.configure_delora,
+        conv1d=False,
+    ),
+    Method(
+        "HRA",
+        "HRA",
+        Reflections,
+        (("hra_u",),),
+        shards.load_hra,
+        shards.save_hra,
+        shards.configure_hra,
+        needs_model=True,
+        conv1d=False,
     ),
 )

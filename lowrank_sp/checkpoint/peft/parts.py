@@ -12,13 +12,16 @@ from lowrank_sp._arrays import Array, as_compute, dtype_name, to_host
 from lowrank_sp.adapters.forms import Form
 from lowrank_sp.checkpoint.model import Checkpoint, Layer
 from lowrank_sp.checkpoint.peft.config import Config
-from lowrank_sp.checkpoint.tensors import CheckpointError
+from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor
 
 #: Arrays by end of their keys.
 Arrays = dict[str, Any]
 
 #: A singular value decomposition: ``(u, s, vh)`` of a matrix.
 Svd = Callable[[np.ndarray], tuple[Any, Any, Any]]
+
+#: Dtypes of places in files.
+INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "|u1"}
 
 AnyForm = TypeVar("AnyForm", bound=Form)
 
@@ -113,14 +116,20 @@ def hollow(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def made(form: type[AnyForm], **fields: Any) -> AnyForm:
-    """A form with these fields, of which the arrays get the widest of their dtypes."""
-    dtype = np.result_type(*[a for a in fields.values() if isinstance(a, np.ndarray)])
-    return form(
-        **{
-            name: a.astype(dtype, copy=False) if isinstance(a, np.ndarray) else a
-            for name, a in fields.items()
-        }
-    )
+    """A form with these fields, of which the arrays of data get the widest of their dtypes."""
+    data = {
+        name: a for name, a in fields.items() if isinstance(a, np.ndarray) and a.dtype.kind == "f"
+    }
+    dtype = np.result_type(*data.values())
+    return form(**{**fields, **{name: a.astype(dtype, copy=False) for name, a in data.items()}})
+
+
+def read(tensor: Tensor) -> np.ndarray:
+    """A tensor of data or of places."""
+    kind = INTEGERS.get(tensor.dtype)
+    if kind is None:
+        return tensor.read()
+    return np.frombuffer(b"".join(tensor.blocks()), kind).reshape(tensor.shape)
 
 
 def host(array: Array) -> np.ndarray:

@@ -16,7 +16,7 @@ from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.peft.config import Config
 from lowrank_sp.checkpoint.peft.methods import METHODS, Method
-from lowrank_sp.checkpoint.peft.parts import Found, Place, Svd, hollow
+from lowrank_sp.checkpoint.peft.parts import INTEGERS, Found, Place, Svd, hollow, read
 from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header, read_metadata
 
 WEIGHTS = "adapter_model.safetensors"
@@ -114,7 +114,9 @@ def _sorted(
         elif not ignored.fullmatch(key):
             raise CheckpointError(f"{file}: {key} is not a part of {method.title}")
     if not layers:
-        raise CheckpointError(f"{file}: no layer with {' and '.join(method.layouts[0])}")
+        raise CheckpointError(
+            f"{file}: no layer with {' and '.join(method.layouts[0])}{method.remedy}"
+        )
     for name, found in layers.items():
         if set(found) not in [set(layout) for layout in method.layouts]:
             nearest = max(method.layouts, key=lambda layout: len(set(layout) & set(found)))
@@ -157,8 +159,9 @@ class Files(Mapping[str, Form]):
 
     def check(self, name: str) -> None:
         """Raise unless the tensors of a layer fit each other, and the model."""
-        for tensor in (*self.tensors[name].values(), *self.shared.values()):
-            tensor.check_floating()
+        for end, tensor in (*self.tensors[name].items(), *self.shared.items()):
+            if end not in self.method.places or tensor.dtype not in INTEGERS:
+                tensor.check_floating()
         if self.method.by_value:
             self._expected(name)
             return
@@ -197,7 +200,7 @@ class Files(Mapping[str, Form]):
         return Place(name, self.method.title, self.model, flag, self.svd)
 
     def _found(self, name: str) -> Found:
-        arrays = {end: tensor.read() for end, tensor in self.tensors[name].items()}
+        arrays = {end: read(tensor) for end, tensor in self.tensors[name].items()}
         names = tuple(self)
         position = names.index(name) if self.in_order else None
         return Found(self._place(name), self.config, arrays, self._of_model, names, position)

@@ -43,8 +43,8 @@ def save_vera(form: Gains, place: Place) -> Arrays:  # noqa: ARG001
 def share_vera(forms: Mapping[str, Gains]) -> Arrays:
     """Two factors."""
     return {
-        "vera_A": _united({name: form.down for name, form in forms.items()}, "down", "VeRA"),
-        "vera_B": _united({name: form.up for name, form in forms.items()}, "up", "VeRA"),
+        "vera_A": united({name: form.down for name, form in forms.items()}, "down", "VeRA"),
+        "vera_B": united({name: form.up for name, form in forms.items()}, "up", "VeRA"),
     }
 
 
@@ -93,8 +93,8 @@ def save_randlora(form: PositionalRandomSum, place: Place) -> Arrays:  # noqa: A
 
 def share_randlora(forms: Mapping[str, PositionalRandomSum]) -> Arrays:
     """The basis, once: PEFT itself writes it again for every layer."""
-    small = _united({name: form.small for name, form in forms.items()}, "small", "RandLoRA")
-    large = _united({name: form.large for name, form in forms.items()}, "large", "RandLoRA")
+    small = united({name: form.small for name, form in forms.items()}, "small", "RandLoRA")
+    large = united({name: form.large for name, form in forms.items()}, "large", "RandLoRA")
     return {"randlora_A": small[:, None, :], "randlora_B": large}
 
 
@@ -243,7 +243,7 @@ def _begins(i: int, layers: int, groups: int) -> bool:
     return _group(i, layers, groups) != _group(i - 1, layers, groups)
 
 
-def _united(parts: Mapping[str, Any], what: str, method: str) -> np.ndarray:
+def united(parts: Mapping[str, Any], what: str, method: str) -> np.ndarray:
     """The smallest array of which all parts are leading ones; zero where none reaches."""
     arrays = {name: host(part) for name, part in parts.items()}
     shape = tuple(map(max, zip(*(part.shape for part in arrays.values()), strict=True)))
