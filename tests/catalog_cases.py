@@ -20,10 +20,17 @@ DATA = {
     "second_moment": INPUTS.T @ INPUTS / len(INPUTS),
     "components": np.linalg.svd(INPUTS - INPUTS.mean(axis=0), full_matrices=False)[2],
 }
-#: Options at which a row is tried, where its own are too large for a small layer.
-OPTIONS = {"LoRETTA": {"bond": 2}}
-#: Rows whose size the weight determines.
-WITHOUT_RANK = {"SVDiff", "SVFT", "KRAdapter", "QuanTA"}
+#: Options at which a row is tried, where its own are too large for a small layer, or one step.
+OPTIONS = {
+    "LoRETTA": {"bond": 2},
+    "C3A": {"block": 8},
+    "DeLoRA": {"strength": 0.1},
+    "FourierFT": {"count": 200},
+    "WaveFT": {"count": 200},
+    "VB-LoRA": {"vectors": 10, "length": 8},
+}
+#: Rows whose size the weight or an option determines.
+WITHOUT_RANK = {"SVDiff", "SVFT", "KRAdapter", "QuanTA", "C3A", "FourierFT", "WaveFT"}
 
 
 def grid_of(row):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from catalog_cases import ROWS, WEIGHTS, M, N, R, evaluated, grid_of, start_of
+from catalog_cases import OPTIONS, ROWS, WEIGHTS, M, N, R, evaluated, grid_of, start_of
 
 from lowrank_sp.adapters import catalog, forms
 from lowrank_sp.adapters.catalog import CATALOG, Axis, variant
@@ -19,6 +19,7 @@ rows = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 #: Starts that leave the layer, as published.
 MOVED = {"KaSA", "SLTrain", "LoRA-One", "LoRA-SB", "StelLA", "SVFT", "LoftQ", "QPiSSA"}
 MOVED |= {"TT-LoRA", "TT-LoRA, interleaved", "LoRETTA", "TensorGuide", "LoRA-XS"}
+MOVED |= {"C3A", "FourierFT", "VB-LoRA", "Uni-LoRA"}
 
 
 def shares(start):
@@ -43,6 +44,8 @@ def test_what_the_issue_of_the_survey_lists_is_there():
     """
     wanted = listed.split()
     wanted += ["CorDA, instruction-previewed", "CorDA, knowledge-preserved", "MoRA, type 1"]
+    wanted += ["MiSS", "Bone", "SHiRA", "C3A", "FourierFT", "WaveFT", "DeLoRA", "HRA"]
+    wanted += ["VB-LoRA", "Uni-LoRA", "MoRA, type 2", "MoRA, type 3", "MoRA, type 4"]
     wanted += ["MoRA, type 6", "BoRA, bi-dimensional", "BoRA, block-diversified", "ShareLoRA, A"]
     assert set(wanted) <= CATALOG.keys()
 
@@ -103,7 +106,7 @@ def test_it_learns_a_low_rank_change(row):
 @rows
 def test_alpha_is_scaled_as_the_row_says(row):
     weight = WEIGHTS if row.layered else WEIGHTS[0]
-    arguments = {"rng": 0, "grid": grid_of(row)}
+    arguments = {"rng": 0, "grid": grid_of(row), "options": OPTIONS.get(row.name)}
     rank = R if row.takes("rank") else None
     if row.needs is not None:
         return

@@ -40,7 +40,9 @@ class NormalizedProduct(Form):
 
     Notes
     -----
-    Norms below 1e-4 are taken for that, so that a column of ``up`` may be zero.
+    Norms below 1e-4 are taken for that, so that a column of ``up`` may be zero. But what matters of
+    a column is its direction: the first step away from zero, however short beyond 1e-4, makes a
+    term of full strength.
 
     Examples
     --------
