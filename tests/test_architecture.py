@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: Floors from the ground up; rooms on one floor do not import each other.
 FLOORS = [
-    ["_arrays", "_fused", "tasks"],
+    ["_arrays", "_fused", "_panels", "tasks"],
     ["operators", "gauge"],
     ["factors", "iterate"],
     ["linalg"],
@@ -30,6 +30,7 @@ FLOORS = [
     ["adapters", "estimators", "plot"],
     ["checkpoint", "jax", "torch"],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -47,7 +48,9 @@ HEAVY = {
 }
 #: What a room may load when it is imported.
 ALLOWED = {"cli": {"typer", "rich"}, "torch": {"torch"}, "jax": {"jax"}, "_fused": {"numba"}}
+ALLOWED["_panels"] = {"numba"}
 ALLOWED["lowrank_sp.inverse._compiled"] = {"numba"}
+ALLOWED["lowrank_sp.updates._compiled"] = {"numba"}
 ALLOWED["estimators"] = {"sklearn"}
 
 

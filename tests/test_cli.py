@@ -78,8 +78,10 @@ def test_init_verify_inspect_speak_json(model, tmp_path):
     arguments = ("init", "pissa", model, "--rank", 4, "--out", "out", "--patterns", "patterns.json")
     report = json.loads(command(*arguments, "--json", cwd=tmp_path).stdout)
     assert {r["name"]: r["rank"] for r in report["layers"]} == content["rank_pattern"]
-    table = command("inspect", model, cwd=tmp_path).stdout
+    table = command("inspect", model, "--leading", 20, cwd=tmp_path).stdout
     assert "effective rank: exponential of the entropy" in table
+    assert len(max(table.splitlines(), key=len)) > 160  # nothing is cut
+    assert "\N{HORIZONTAL ELLIPSIS}" not in table
     verdict = command("verify", "out", "--base", model, "--json", cwd=tmp_path)
     assert json.loads(verdict.stdout)["passed"]
     assert verdict.stderr == ""

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,19 @@ def adapters(model, tmp_path_factory):
             for i, layer in enumerate(NAMES if name == "ann" else ATTENTION)
         }
         paths[name] = write(folder / name, layers, base=str(model), fingerprint=base.fingerprint())
+    return paths
+
+
+@pytest.fixture(scope="module")
+def apart(model, tmp_path_factory):
+    """Two adapters of the same layers, ranks and scales, with nothing in common."""
+    folder, base = tmp_path_factory.mktemp("apart"), Checkpoint(model)
+    paths = {}
+    for k, name in enumerate(("one", "two")):
+        layers = {
+            layer: pair(base.layer(layer).shape, 3, 100 * k + i) for i, layer in enumerate(NAMES)
+        }
+        paths[name] = write(folder / name, layers, base=str(model))
     return paths
 
 
@@ -825,9 +839,10 @@ def test_federate_is_the_function_on_every_layer(method, model, clients, tmp_pat
     based = {"method": method, "weights": weights, "base": model, **options}
     if corrected:
         updated = checkpoint.federate(clients, tmp_path / "based", **based)
-        assert [replace(r, seconds=0) for r in report.layers] == [
-            replace(r, seconds=0) for r in updated.layers
-        ]
+        for one, two in zip(report.layers, updated.layers, strict=True):
+            size = np.linalg.norm(Checkpoint(model).tensors[f"{one.name}.weight"].read())
+            assert abs(one.error - two.error) <= 10 * EPS * size
+            assert replace(one, seconds=0, error=0) == replace(two, seconds=0, error=0)
     else:
         with pytest.raises(CheckpointError, match="base is for flora and fedex only"):
             checkpoint.federate(clients, tmp_path / "based", **based)
@@ -858,6 +873,24 @@ def test_federate_is_the_function_on_every_layer(method, model, clients, tmp_pat
     assert (out / "correction").exists() == (tmp_path / "based" / "base").exists() == corrected
     assert (out / "adapter").exists() == (method not in ("flora", "flexlora"))
     assert_reported(report, out)
+
+
+def test_errors_are_those_of_the_base_as_it_is_stored(model, apart, tmp_path):
+    """In bfloat16 much of a small correction is lost."""
+    tensors = load_file(model / "model.safetensors")
+    half = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    options = {"method": "fedex", "base": tmp_path / "half.safetensors", "assume_same_base": True}
+    report = checkpoint.federate(apart, tmp_path / "out", **options)
+    old, new = Checkpoint(tmp_path / "half.safetensors"), Checkpoint(tmp_path / "out" / "base")
+    sources = [parts(path) for path in apart.values()]
+    for row in report.layers:
+        one, two = (c.tensors[f"{row.name}.weight"].read().astype(np.float64) for c in (old, new))
+        mean = sum(0.5 * dense(source[row.name]) for source in sources)
+        adapter = dense(parts(tmp_path / "out" / "adapter")[row.name])
+        lost = np.linalg.norm(mean - adapter + one - two)
+        assert lost > 1e-3 * row.norm
+        assert row.error == pytest.approx(lost, rel=1e-4)
 
 
 def test_a_corrected_base_and_its_adapter_in_peft(model, clients, tmp_path):
@@ -1037,3 +1070,35 @@ def test_only_outputs_of_jobs_are_overwritten(adapters, tmp_path):
     (out / "report.json").write_text("{}")
     with pytest.raises(CheckpointError, match="only what an earlier run wrote"):
         checkpoint.resize(adapters["ann"], out, rank=1, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("job", "base"),
+    [
+        (lambda m, a, o: checkpoint.initialize(m, "pissa", o, rank=2), "base"),  # noqa: ARG005
+        (lambda m, a, o: checkpoint.initialize(m, "lora", o, rank=2), None),  # noqa: ARG005
+        (lambda m, a, o: checkpoint.quantize(m, o, compensate="lorc", rank=2), "base"),  # noqa: ARG005
+        (lambda m, a, o: checkpoint.federate(a, o, method="fedex", base=m), "base"),
+    ],
+)
+def test_adapters_carry_the_fingerprint_of_the_base_they_are_for(job, base, model, apart, tmp_path):
+    """So an engine, a merge or a conversion with the original model in its place is noticed."""
+    job(model, apart, tmp_path / "out")
+    adapter = read_adapter(tmp_path / "out" / "adapter")
+    right = model if base is None else tmp_path / "out" / base
+    assert adapter.base == str(right)
+    assert adapter.fingerprint == Checkpoint(right).fingerprint()
+    findings = checkpoint.preflight(
+        tmp_path / "out" / "adapter", engine="peft", model=Checkpoint(model)
+    )
+    assert [f.severity for f in findings] == ([] if base is None else ["error"])
+
+
+def test_conversion_names_the_model_that_was_initialized(model, tmp_path):
+    start = tmp_path / "start"
+    checkpoint.initialize(model, "pissa", start, rank=2)
+    convert = partial(checkpoint.convert, start / "adapter", start=start / "adapter")
+    with pytest.raises(CheckpointError, match=r"not the model that .* was initialized from"):
+        convert(tmp_path / "out", base=start / "base")
+    convert(tmp_path / "out", base=model)
+    assert read_adapter(tmp_path / "out" / "adapter").fingerprint == Checkpoint(model).fingerprint()

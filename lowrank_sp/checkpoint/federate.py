@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_sp._arrays import as_compute, frobenius
 from lowrank_sp.adapters import federated
 from lowrank_sp.adapters.federated import Aggregate
 from lowrank_sp.adapters.forms import Product
@@ -101,7 +102,8 @@ def federate(
     Returns
     -------
     JobReport
-        Norms are those of the weighted means of the updates, errors the distances from them.
+        Norms are those of the weighted means of the updates, errors the distances from them; with
+        ``base``, as its corrected weights are stored.
 
     Raises
     ------
@@ -233,14 +235,20 @@ def _aggregate(
         found.update(zip(products, made, strict=True))
     mean = federated.flora(clients, weights).update()
     stored = None
-    correction = next(iter(found.values())).correction
-    if layer is not None and correction is not None:
-        stored = _corrected(layer, correction)
+    common = found.get(None)
+    if layer is not None and common is not None and common.correction is not None:
+        stored, change = _corrected(layer, common.correction)
+        rest = mean.to_dense() - change
+        if common.adapter is not None:
+            rest -= common.adapter.delta().to_dense()
+        found[None] = replace(common, error=frobenius(rest))
     return found, stored, float(mean.norm()), note
 
 
-def _corrected(layer: Layer, correction: LowRank) -> np.ndarray:
-    """The weight of the base with the correction, as it is stored."""
+def _corrected(layer: Layer, correction: LowRank) -> tuple[np.ndarray, np.ndarray]:
+    """The weight of the base with the correction, as it is stored, and how far that moves it."""
     weight = layer.tensor.read()
     product = Product(*(correction.mT if layer.transposed else correction).factors())
-    return layer.tensor.encode(product.merge(weight))
+    stored = layer.tensor.encode(product.merge(weight))
+    change = as_compute(layer.tensor.decode(stored)) - as_compute(weight)
+    return stored, change.T if layer.transposed else change

@@ -116,8 +116,8 @@ def read_kohya(
         name = names.dotted(match[2]) if match[1] == "_" else match[2]
         found.setdefault(name, {})[_SYNONYMS.get(match[3], match[3])] = tensors[key]
     if not found:
-        there = sorted({re.split(r"[_.](?=[^_.])", key, maxsplit=2)[0] for key in tensors})
-        raise CheckpointError(f"{path}: no key begins with {prefix}; keys begin with {there[:5]}")
+        first = min(tensors, default="none")
+        raise CheckpointError(f"{path}: no key begins with {prefix}; the first key is {first}")
     config = _diffusers_config(path, prefix)
     layers: dict[str, Form] = {}
     kernels: dict[str, tuple[int, ...]] = {}
@@ -145,8 +145,8 @@ class _Names:
         """The module that a name means."""
         if not self.given:
             raise CheckpointError(
-                f"{self.path}: {self.prefix}_{joined} does not say where its dots were; give "
-                "modules, the names of those of the model"
+                f"{self.path}: {self.prefix}_{joined} does not say where its dots were; the model "
+                "does: pass it as base, or the names of its modules"
             )
         meant = self.known.get(joined, [])
         if len(meant) != 1:

@@ -17,12 +17,14 @@ from lowrank_sp.checkpoint import JobReport
 
 # Names that a message gives of many.
 _SOME = 3
+_WIDE = 1000
 # By job: what its norm is of, and its error.
 _MEANINGS = {
     "extract": ("||D||_F of D = tuned - base", "||D - adapter||_F"),
     "resize": ("||D||_F of the update D = scale * up @ down as it was", "||D - resized||_F"),
     "merge": (
-        "||D||_F of D, the weighted sum of the updates, or their mean where signs are elected",
+        "||D||_F of D, the weighted sum of the updates; over their number for ties, dare_ties and "
+        "knots, which elect signs",
         "||D - merged||_F",
     ),
     "convert": (
@@ -56,9 +58,8 @@ def show(
         return
     made, lines = make()
     if made is not None:
-        # A pipe has no width of its own; tables are then as wide as they need to be.
-        console = Console() if sys.stdout.isatty() else Console(width=160)
-        console.print(made)
+        # As wide as it needs to be: a narrow terminal wraps lines, where rich would cut numbers.
+        Console(width=_WIDE, height=1).print(made)
     print(lines)
 
 
