@@ -6,8 +6,10 @@ Every other module works through these few functions and the array-API standard.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import array_api_compat as compat
@@ -38,6 +40,8 @@ def namespace(*arrays: Array) -> Any:
     """Array-API namespace shared by ``arrays``, all of one library and one device."""
     if all(type(a) is np.ndarray for a in arrays):
         return _numpy()
+    for a in arrays:
+        _check_plain(a)
     try:
         xp = compat.array_namespace(*arrays)
     except TypeError as error:
@@ -54,6 +58,19 @@ def namespace(*arrays: Array) -> Any:
             f"arrays must lie on one device, got {' and '.join(devices)}; move them to one first"
         )
     return xp
+
+
+def _check_plain(a: Array) -> None:
+    """Raise for arrays that hold other numbers than their entries: masked, and sparse ones."""
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(
+            "masked arrays are not computed with, for what is under the mask would count; complete "
+            "them as Entries.from_mask(a.data, ~a.mask), or fill them by a.filled()"
+        )
+    if getattr(a, "is_sparse", False) or getattr(a, "is_sparse_csr", False):
+        raise TypeError(
+            "sparse tensors are not computed with; make a SciPy matrix of them, or use to_dense()"
+        )
 
 
 @cache
@@ -183,6 +200,23 @@ def host_view(a: Array) -> np.ndarray | None:
     return None
 
 
+def host_values(a: Array) -> np.ndarray | None:
+    """:func:`host_view` of an array of NumPy or PyTorch that nobody traces or differentiates."""
+    if isinstance(a, np.ndarray):
+        return a
+    if not compat.is_torch_array(a) or a.requires_grad:
+        return None
+    torch = sys.modules["torch"]
+    plain = type(a) is torch.Tensor and not torch.compiler.is_compiling()
+    return host_view(a) if plain else None
+
+
+@cache
+def has_numba() -> bool:
+    """Whether numba, which takes a while to load and is not loaded here, is at hand."""
+    return find_spec("numba") is not None
+
+
 def from_host(x: np.ndarray, like: Array, dtype: Any = None) -> Array:
     """NumPy array ``x`` as an array of the library and device of ``like``.
 
@@ -276,6 +310,16 @@ def max_abs(a: Array) -> float:
     size = abs(detached(a))
     # XLA's maximum passes over NaN on CPUs; a sum does not.
     return float(xp.max(size) if xp.all(xp.isfinite(size)) else xp.sum(size))
+
+
+def power_of_two(a: Array) -> float:
+    """A power of two of about the size of ``a``, by which it divides without rounding.
+
+    Products of what remains with each other do not leave the range of the dtype. Of zeros, the
+    least power there is.
+    """
+    least, largest = float(namespace(a).finfo(a.dtype).smallest_normal), max_abs(a)
+    return max(2.0 ** (math.frexp(largest)[1] - 1), least) if largest else least
 
 
 def _sum_squares(a: Array, factors: tuple[float, ...] = ()) -> float:

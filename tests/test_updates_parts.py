@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from cases import gaussian, orthonormal
 from scipy.linalg import solve_sylvester
 
@@ -11,6 +12,14 @@ from lowrank_sp.updates.frames import balance_of, frame, frames, gram, solve_lef
 from lowrank_sp.updates.projected import sylvester
 from lowrank_sp.updates.rule import Pair
 from lowrank_sp.updates.tangent import Tangent, point, project, project_gradient, retract
+
+
+@pytest.fixture(params=["compiled", "portable"], autouse=True)
+def route(request, monkeypatch):
+    """Frames of float32 have a compiled route."""
+    if request.param == "portable":
+        monkeypatch.setattr("lowrank_sp.updates.frames.has_numba", lambda: False)
+
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
 
@@ -30,7 +39,7 @@ def stretched(m, r, condition, dtype=np.float64, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("condition", [1.0, 1e3])
-@pytest.mark.parametrize("shape", [(30, 4), (4, 4), (2, 3, 20, 5), (9, 1)])
+@pytest.mark.parametrize("shape", [(30, 4), (4, 4), (2, 3, 20, 5), (9, 1), (600, 7)])
 def test_frame(shape, condition, dtype):
     x = gaussian(*shape, dtype=dtype)
     x = (x * np.geomspace(1, condition, shape[-1])).astype(dtype)
@@ -39,6 +48,30 @@ def test_frame(shape, condition, dtype):
     q = x @ found.inverse
     assert np.linalg.norm(adjoint(q) @ q - np.eye(shape[-1])) <= 1e3 * eps * condition**0.5
     assert np.linalg.norm(q @ found.root - x) <= 1e3 * eps * np.linalg.norm(x)
+
+
+LAYOUTS = {
+    "across": lambda x: np.swapaxes(np.swapaxes(x, -1, -2).copy(), -1, -2),
+    "every second row": lambda x: np.repeat(x, 2, axis=-2)[..., ::2, :],
+    "reversed": lambda x: x[..., ::-1].copy()[..., ::-1],
+    "one block repeated": lambda x: np.broadcast_to(x[0], x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_a_block_does_not_matter(layout):
+    x = LAYOUTS[layout](gaussian(3, 300, 6, dtype=np.float32))
+    found, plain = frame(x), frame(x.copy(order="C"))
+    assert np.array_equal(x @ found.inverse, x @ plain.inverse)
+    assert np.array_equal(found.root, plain.root)
+
+
+def test_derivatives_pass_through_frames():
+    x = torch.from_numpy(gaussian(30, 3, dtype=np.float32)).requires_grad_()
+    q = x @ frame(x).inverse.float()
+    (slope,) = torch.autograd.grad(torch.trace(q.mT @ q), x)
+    # The trace is 3 whatever x is.
+    assert slope.abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

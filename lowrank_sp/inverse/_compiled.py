@@ -17,20 +17,13 @@ import numba as nb
 import numpy as np
 
 from lowrank_sp._arrays import eps
+from lowrank_sp._panels import PANEL, add_gram, jit, workspace
 
 # Multiplications below which threads do not pay.
 _SERIAL = 2**21
-# Entries of a line that are gathered at a time: with 16 factors they fit in the L1 cache.
-PANEL = 256
-# Sums may be reordered, so that they become vector code; NaN stays NaN.
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
-def _jit(kernel: Callable) -> Any:
-    return nb.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)(kernel)
-
-
-@_jit
+@jit
 def _sampled(first, last, starts, cols, left, right, out):
     r = left.shape[1]
     for i in range(first, last):
@@ -42,7 +35,7 @@ def _sampled(first, last, starts, cols, left, right, out):
             out[e] = total
 
 
-@_jit
+@jit
 def _product(first, last, starts, cols, values, x, out):
     k = x.shape[1]
     for i in range(first, last):
@@ -54,7 +47,7 @@ def _product(first, last, starts, cols, values, x, out):
                 out[i, c] += v * x[j, c]
 
 
-@_jit
+@jit
 def _adjoint_product(first, last, starts, cols, values, x, out):
     k = x.shape[1]
     for i in range(first, last):
@@ -64,7 +57,7 @@ def _adjoint_product(first, last, starts, cols, values, x, out):
                 out[j, c] += v * x[i, c]
 
 
-@_jit
+@jit
 def _gather(start, stop, cols, right, x):
     """``x[k, e]`` from ``right[cols[e], k]``: contiguous along the entries, for vector code."""
     for e in range(start, stop):
@@ -73,56 +66,23 @@ def _gather(start, stop, cols, right, x):
             x[k, e - start] = right[j, k]
 
 
-@_jit
-def _gram(x, count, gram):
-    """Blocks on and above the diagonal of ``gram += conj(x) x^T``, two by four at a time."""
-    r = len(gram)
-    for a in range(0, r, 2):
-        for b in range(a // 4 * 4, r, 4):
-            s00, s01, s02, s03 = gram[a, b], gram[a, b + 1], gram[a, b + 2], gram[a, b + 3]
-            s10, s11 = gram[a + 1, b], gram[a + 1, b + 1]
-            s12, s13 = gram[a + 1, b + 2], gram[a + 1, b + 3]
-            for e in range(count):
-                x0, x1 = np.conj(x[a, e]), np.conj(x[a + 1, e])
-                y0, y1, y2, y3 = x[b, e], x[b + 1, e], x[b + 2, e], x[b + 3, e]
-                s00 += x0 * y0
-                s01 += x0 * y1
-                s02 += x0 * y2
-                s03 += x0 * y3
-                s10 += x1 * y0
-                s11 += x1 * y1
-                s12 += x1 * y2
-                s13 += x1 * y3
-            gram[a, b], gram[a, b + 1], gram[a, b + 2], gram[a, b + 3] = s00, s01, s02, s03
-            gram[a + 1, b], gram[a + 1, b + 1] = s10, s11
-            gram[a + 1, b + 2], gram[a + 1, b + 3] = s12, s13
-
-
-@_jit
+@jit
 def _grams(first, last, starts, cols, right, out):
     r = right.shape[1]
-    x, gram = _workspace(right)
+    x, gram = workspace(right.shape[1], right)
     for i in range(first, last):
         gram[:] = 0
         for start in range(starts[i], starts[i + 1], PANEL):
             stop = min(start + PANEL, starts[i + 1])
             _gather(start, stop, cols, right, x)
-            _gram(x, stop - start, gram)
+            add_gram(x, stop - start, gram)
         for a in range(r):
             for b in range(a, r):
                 out[i, a, b] = gram[a, b]
                 out[i, b, a] = np.conj(gram[a, b])
 
 
-@_jit
-def _workspace(right):
-    """Buffers for a panel of entries and its Gram matrix, with rows of zeros up to fours."""
-    rows = (right.shape[1] + 3) // 4 * 4
-    # Eight more than a power of two, lest the rows of ``x`` share sets of the cache.
-    return np.zeros((rows, PANEL + 8), right.dtype), np.zeros((rows, rows), right.dtype)
-
-
-@_jit
+@jit
 def _solve(gram, x):
     """Solve ``gram x = x`` in place for a positive definite matrix, by its upper triangle."""
     r = len(x)
@@ -144,10 +104,10 @@ def _solve(gram, x):
         x[a] /= gram[a, a]
 
 
-@_jit
+@jit
 def _least_squares(first, last, starts, cols, values, left, right, ridge, jitter, tiny, out, sums):
     r = right.shape[1]
-    x, gram = _workspace(right)
+    x, gram = workspace(right.shape[1], right)
     step, residual = np.empty(r, right.dtype), np.empty(PANEL, right.dtype)
     for i in range(first, last):
         gram[:], step[:] = 0, 0
@@ -169,7 +129,7 @@ def _least_squares(first, last, starts, cols, values, left, right, ridge, jitter
                 for e in range(count):
                     total += np.conj(x[k, e]) * residual[e]
                 step[k] = total
-            _gram(x, count, gram)
+            add_gram(x, count, gram)
         trace = 0.0
         for k in range(r):
             trace += gram[k, k].real

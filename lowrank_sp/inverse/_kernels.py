@@ -7,7 +7,6 @@ length and stacked into a bucket, so that a kernel is a gather and a batched pro
 from __future__ import annotations
 
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from lowrank_sp._arrays import (
     device,
     eps,
     from_host,
+    has_numba,
     host_view,
     is_complex,
     namespace,
@@ -223,7 +223,7 @@ class OnHost:
 
 def kernels(pattern: Pattern, like: Array) -> Any:
     """The fastest kernels for arrays like ``like``."""
-    if host_view(as_compute(like[:0])) is None or find_spec("numba") is None:
+    if host_view(as_compute(like[:0])) is None or not has_numba():
         return Portable(pattern, like)
     from lowrank_sp.inverse._compiled import Compiled
 

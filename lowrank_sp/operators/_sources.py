@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import cache
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +19,7 @@ from lowrank_sp._arrays import (
     detached,
     device,
     frobenius,
+    has_numba,
     is_array,
     is_complex,
     namespace,
@@ -129,13 +128,8 @@ def _has_fused_product(a: Array) -> bool:
         and a.strides[1] == a.itemsize
         and a.shape[0] >= 3
         and a.shape[1] * a.itemsize >= 64
-        and _has_numba()
+        and has_numba()
     )
-
-
-@cache
-def _has_numba() -> bool:
-    return find_spec("numba") is not None
 
 
 class Rows(LinearOperator):
@@ -271,6 +265,11 @@ class Dask(LinearOperator):
     def __init__(self, a: Any):
         if a.ndim != 2:
             raise ValueError(f"an operator needs a matrix, got an array of shape {a.shape}")
+        if any(math.isnan(size) for size in a.shape):
+            raise ValueError(
+                f"a Dask array must know the sizes of its chunks, got shape {a.shape}; call "
+                "compute_chunk_sizes() on it first"
+            )
         super().__init__(a.shape, np.empty((0, 0), dtype=compute_dtype(np, a.dtype)))
         self.array = a.rechunk({1: -1}) if len(a.chunks[1]) > 1 else a
 

@@ -8,7 +8,11 @@ from lowrank_sp._arrays import (
     Array,
     adjoint,
     device,
+    dtype_name,
     eps,
+    from_host,
+    has_numba,
+    host_values,
     is_complex,
     namespace,
     wide_dtype,
@@ -42,7 +46,8 @@ def frame(x: Array, *, ridge: float = 0.0) -> Frame:
 
     The Gram matrix is scaled to unit diagonal before its eigenvectors are computed, so that
     columns of very different lengths do no harm. In single precision it is summed in float64; where
-    that is not wider than ``x``, a second pass over ``x`` restores what squaring lost.
+    that is not wider than ``x``, a second pass over ``x`` restores what squaring lost. Real float32
+    arrays on the host take a compiled route, on one thread.
 
     Parameters
     ----------
@@ -51,10 +56,20 @@ def frame(x: Array, *, ridge: float = 0.0) -> Frame:
         Added to the diagonal of the Gram matrix.
     """
     xp = namespace(x)
+    wide = wide_dtype(xp, x.dtype)
+    # Eigenvalues that are rounding reach a few r eps; a direction kept by mistake is noise.
+    r = x.shape[-1]
+    least = max((r * eps(x.dtype)) ** 2, 8 * r * eps(wide))
+    host = host_values(x) if dtype_name(x.dtype) == "float32" and has_numba() else None
+    if host is not None:
+        from lowrank_sp.updates import _compiled
+
+        parts = _compiled.frames(host, ridge=ridge, least=least)
+        return Frame(*(from_host(part, x, wide) for part in parts))
     n = gram(x)
     if ridge:
-        n = n + ridge * xp.eye(n.shape[-1], dtype=n.dtype, device=device(n))
-    found = _split(n, x.shape[-1] * eps(x.dtype))
+        n = n + ridge * xp.eye(r, dtype=n.dtype, device=device(n))
+    found = _split(n, least)
     if n.dtype == x.dtype and not ridge:
         q = x @ found.inverse
         # q^H q = P + E with a small E: the symmetric step (P + E)^(-1/2) = P - E/2 + ...
@@ -65,8 +80,11 @@ def frame(x: Array, *, ridge: float = 0.0) -> Frame:
     return found
 
 
-def _split(n: Array, cut: float) -> Frame:
-    """Root and inverse root of a Gram matrix, without directions shorter than ``cut``."""
+def _split(n: Array, least: float) -> Frame:
+    """Root and inverse root of a Gram matrix, without eigenvalues of up to ``least``.
+
+    Eigenvalues are those of the matrix scaled to a unit diagonal.
+    """
     xp = namespace(n)
     squares = xp.linalg.diagonal(n)
     squares = xp.real(squares) if is_complex(n.dtype) else squares
@@ -74,8 +92,6 @@ def _split(n: Array, cut: float) -> Frame:
     lengths = xp.where(squares > 0, squares, one) ** 0.5
     unit = n / (lengths[..., :, None] * lengths[..., None, :])
     values, vectors = xp.linalg.eigh(unit)
-    # Eigenvalues that are rounding reach a few r eps; a direction kept by mistake is noise.
-    least = max(cut**2, 8 * n.shape[-1] * eps(n.dtype))
     keep = values > least
     sizes = xp.where(keep, values, xp.ones_like(values)) ** 0.5
     zero = xp.zeros_like(sizes)
