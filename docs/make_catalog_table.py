@@ -1,11 +1,13 @@
 """Print the tables of variants from the catalog: python docs/make_catalog_table.py."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lowrank_sp.adapters.catalog import Axis, Variant
+from lowrank_sp.adapters.catalog import METHODS, Axis, Method, Variant
 from lowrank_sp.adapters.forms import LayeredForm
 from lowrank_sp.factors import Factored
 from lowrank_sp.operators import LinearOperator
@@ -23,7 +25,7 @@ TITLES = {
 }
 
 
-def name(row: Variant) -> str:
+def name(row: Variant | Method) -> str:
     """Name and reference of a row."""
     return f"{row.name} {{cite:p}}`{row.reference}`"
 
@@ -66,12 +68,34 @@ def table(rows: list[Variant]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def documented(thing: Callable[..., Any]) -> str:
+    """The name under which the API pages have a function, a class or a method."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in (HERE / "api").glob("*.md"))
+    owner = thing.__qualname__.partition(".")[0]
+    module = thing.__module__
+    while f"~{module}.{owner}\n" not in pages:
+        module = module.rpartition(".")[0]
+    return f"{module}.{thing.__qualname__}"
+
+
+def life() -> str:
+    """The table of methods by stage of life."""
+    lines = ["| stage | method | what it does | here | needs |", "|---|---|---|---|---|"]
+    for row in METHODS.values():
+        method = "." in row.function.__qualname__
+        role = "meth" if method else "class" if isinstance(row.function, type) else "func"
+        link = f"{{py:{role}}}`~{documented(row.function)}`"
+        needs = ", ".join(f"`{argument}`" for argument in row.needs)
+        lines.append(f"| {row.stage} | {name(row)} | ${row.formula}$ | {link} | {needs} |")
+    return "\n".join(lines) + "\n"
+
+
 def tables() -> dict[str, str]:
     """All tables by the names of their files."""
     return {
         f"catalog_{title}.md": table([row for row in ROWS if row.axis is axis])
         for axis, title in TITLES.items()
-    }
+    } | {"catalog_life.md": life()}
 
 
 def main() -> None:

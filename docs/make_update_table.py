@@ -1,73 +1,15 @@
 """Measure the table of update rules in the guide: python docs/make_update_table.py."""
 
+import sys
 from pathlib import Path
 
-from lowrank_sp.updates import (
-    NBAR,
-    OBAR,
-    SAM,
-    AdamW,
-    AdaPreLoRA,
-    AltLoRA,
-    AltLoRAPlus,
-    BaLoRA,
-    EFlat,
-    FrozenDown,
-    Gauge,
-    GradientDescent,
-    ImbalanceRegularized,
-    LoFT,
-    LoRAMuon,
-    LoRAPlus,
-    LoRAPro,
-    LoRARite,
-    Momentum,
-    Plain,
-    PoLAR,
-    RefLoRA,
-    RefLoRAScalar,
-    RiemannianGD,
-    ScaledAdamW,
-    ScaledGD,
-    Spectron,
-    StelLA,
-    conformance,
-)
+from lowrank_sp.updates import AdamW, Gauge, LoFT, LoRAPro, Rule, conformance
 from lowrank_sp.updates.conformance import step_seconds
 
-PLAIN = Plain()
-RULES = {
-    "`GradientDescent`": GradientDescent(),
-    "`AdamW`": AdamW(),
-    "`LoRAPlus`": LoRAPlus(),
-    "`ScaledGD`": ScaledGD(),
-    "`ScaledGD`, `Momentum`": ScaledGD(moments=Momentum()),
-    "`ScaledGD`, `ridge`": ScaledGD(ridge=1e-2),
-    "`ScaledAdamW`": ScaledAdamW(),
-    "`RiemannianGD`": RiemannianGD(),
-    "`LoRAPro`": LoRAPro(),
-    "`LoRAPro`, `Plain`": LoRAPro(moments=PLAIN),
-    "`LoRAPro`, `sylvester`": LoRAPro(moments=PLAIN, sylvester=True, lr=0.1),
-    "`AdaPreLoRA`": AdaPreLoRA(),
-    "`AltLoRA`": AltLoRA(),
-    "`AltLoRAPlus`": AltLoRAPlus(),
-    "`FrozenDown`": FrozenDown(),
-    "`LoRARite`": LoRARite(),
-    "`LoFT`": LoFT(),
-    "`RefLoRA`": RefLoRA(),
-    "`RefLoRA`, `Plain`": RefLoRA(moments=PLAIN),
-    "`RefLoRAScalar`": RefLoRAScalar(),
-    "`BaLoRA`": BaLoRA(),
-    "`ImbalanceRegularized`": ImbalanceRegularized(),
-    "`NBAR`": NBAR(),
-    "`OBAR`": OBAR(),
-    "`LoRAMuon`": LoRAMuon(),
-    "`Spectron`": Spectron(),
-    "`StelLA`": StelLA(),
-    "`PoLAR`": PoLAR(),
-    "`SAM(ScaledGD)`": SAM(ScaledGD()),
-    "`EFlat(ScaledGD)`": EFlat(ScaledGD()),
-}
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+from update_cases import RULES  # noqa: E402
+
 SHAPE, RANK = (4096, 4096), 16
 PROMISE = {Gauge.GENERAL: "GL(r)", Gauge.UNITARY: "O(r)", Gauge.NONE: "none"}
 
@@ -75,6 +17,14 @@ PROMISE = {Gauge.GENERAL: "GL(r)", Gauge.UNITARY: "O(r)", Gauge.NONE: "none"}
 def number(drift):
     """A drift in one digit."""
     return "∞" if drift > 1e6 else f"{drift:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def label(name: str, rule: Rule) -> str:
+    """The class of a rule, the one that it wraps, and what the name says beside its own."""
+    wrapped = getattr(rule, "rule", None)
+    inner = f"({type(wrapped).__name__})" if wrapped is not None else ""
+    _, comma, variant = name.partition(",")
+    return f"`{type(rule).__name__}{inner}`{comma}{variant}"
 
 
 def seconds(rule):
@@ -90,7 +40,7 @@ def main():
     ]
     # Arrays of m x n, once freed, change how memory is handed out: these rules come last.
     costs = {}
-    for name in sorted(RULES, key=lambda name: name in ("`LoRAPro`", "`LoFT`")):
+    for name in sorted(RULES, key=lambda name: type(RULES[name]) in (LoRAPro, LoFT)):
         # The unit is measured just after, so that both meet the same load of the machine.
         costs[name] = seconds(RULES[name]) / seconds(AdamW())
     for name, rule in RULES.items():
@@ -98,11 +48,10 @@ def main():
         assert found.holds(), found
         drifts = " | ".join(map(number, found.drifts))
         lines.append(
-            f"| {name} | {PROMISE[found.promise]} | {drifts} | {number(found.unitary)} "
-            f"| {found.state:.1f} | {costs[name]:.2g} |"
+            f"| {label(name, rule)} | {PROMISE[found.promise]} | {drifts} "
+            f"| {number(found.unitary)} | {found.state:.1f} | {costs[name]:.2g} |"
         )
-    table = Path(__file__).parent / "_tables" / "update_rules.md"
-    table.parent.mkdir(exist_ok=True)
+    table = HERE / "_tables" / "update_rules.md"
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -52,6 +52,7 @@ WITH_EXAMPLES = {
     "lowrank_sp.adapters.subspaces.spectral",
     "lowrank_sp.adapters.subspaces.trailing",
     "lowrank_sp.adapters.subspaces.unlearning",
+    "lowrank_sp.adapters.catalog.life",
     "lowrank_sp.adapters.compensate.errors",
     "lowrank_sp.adapters.compensate.joint",
     "lowrank_sp.adapters.compress",

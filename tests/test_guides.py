@@ -20,6 +20,7 @@ GROUND = {"operators", "iterate", "testing"}
         "train.md",
         "updates.md",
         "pretraining.md",
+        "posttraining.md",
         "sensing.md",
         "initializers.md",
         "merging.md",

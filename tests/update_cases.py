@@ -1,4 +1,7 @@
-"""Every update rule, with a learning rate that suits the small problem here."""
+"""Every update rule, with a learning rate that suits the small problem here.
+
+The tests run all laws on them, and docs/make_update_table.py prints their table in the guide.
+"""
 
 import numpy as np
 
@@ -42,7 +45,7 @@ PLAIN, HEAVY = Plain(), Momentum(0.5)
 
 RULES = {
     "gradient descent": GradientDescent(lr=0.01),
-    "heavy ball": GradientDescent(lr=0.005, moments=HEAVY),
+    "gradient descent, momentum": GradientDescent(lr=0.005, moments=HEAVY),
     "AdamW": AdamW(lr=0.03),
     "LoRA+": LoRAPlus(lr=0.01),
     "LoRA+, plain": LoRAPlus(lr=0.002, moments=PLAIN),

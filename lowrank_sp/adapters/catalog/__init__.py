@@ -9,6 +9,9 @@ from lowrank_sp.adapters.catalog._variant import Variant as Variant
 from lowrank_sp.adapters.catalog.factors import FACTORS as _FACTORS
 from lowrank_sp.adapters.catalog.factors import STARTS as _STARTS
 from lowrank_sp.adapters.catalog.layers import LAYERS as _LAYERS
+from lowrank_sp.adapters.catalog.life import METHODS as METHODS
+from lowrank_sp.adapters.catalog.life import Method as Method
+from lowrank_sp.adapters.catalog.life import Stage as Stage
 from lowrank_sp.adapters.catalog.rank import RANK as _RANK
 from lowrank_sp.adapters.catalog.rules import RULES as _RULES
 
