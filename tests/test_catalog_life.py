@@ -75,6 +75,15 @@ def test_what_it_needs_is_what_has_no_default(row):
         row.call(nonsense=1, **{name: DATA[name] for name in row.needs})
 
 
+@pytest.mark.parametrize("name", ["PiSSA", "LoftQ", "QPiSSA"])
+def test_a_base_has_the_dtype_of_its_weight(name):
+    for dtype in (np.float16, np.float32, np.float64):
+        form, base = catalog.variant(name).start(WEIGHT.astype(dtype), R, rng=0)
+        assert base.dtype == dtype
+        lost = np.linalg.norm(base + form.delta().to_dense() - WEIGHT) / np.linalg.norm(WEIGHT)
+        assert lost < (0.1 if "Q" in name else 1e-3)
+
+
 def test_what_the_issue_of_the_life_of_a_model_lists_is_there():
     listed = """
         GaLore Q-GaLore Lotus Fira APOLLO APOLLO-Mini LoQT ReLoRA LORO SLTrain O-LoRA InfLoRA OSF

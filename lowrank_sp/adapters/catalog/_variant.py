@@ -12,6 +12,7 @@ from lowrank_sp._arrays import RNG, Array
 from lowrank_sp.adapters.forms import Form, LayeredForm, LayerGrid, Product, Start
 from lowrank_sp.adapters.initializers import Initialization, QuantizedInitialization
 from lowrank_sp.updates import Rule
+from lowrank_sp.updates.rule import rounded
 
 
 class Axis(StrEnum):
@@ -190,5 +191,7 @@ def _as_start(made: Any, weight: Any) -> Start | LayeredStart:
         return LayeredStart(made, weight)
     assert isinstance(made, Initialization | QuantizedInitialization)
     product = Product(made.up, made.down, made.scale)
-    base = made.residual if isinstance(made, Initialization) else made.base.to_dense()
-    return Start(product, base)
+    if isinstance(made, Initialization):
+        return Start(product, made.residual)
+    # Decoded in single precision; a layer wants its base in the dtype of its weight.
+    return Start(product, rounded(made.base.to_dense(), weight))
