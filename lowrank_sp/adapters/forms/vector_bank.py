@@ -10,8 +10,9 @@ from typing import Self
 import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, detached, from_host, namespace
-from lowrank_sp.adapters.forms._draws import Like, normal, template, uniform
+from lowrank_sp.adapters.forms._draws import Like, normal, uniform
 from lowrank_sp.adapters.forms._form import Form, LayeredForm
+from lowrank_sp.adapters.forms._grid import like_of, shapes_of
 from lowrank_sp.adapters.forms._parts import Fixed, Trained
 from lowrank_sp.factors import LowRank, check_rank
 
@@ -131,6 +132,10 @@ class VectorBank(LayeredForm):
     down_logits: Trained[tuple[Array, ...], "..."]
     top: int = 2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layers(self)
+
     @classmethod
     def create(
         cls,
@@ -235,6 +240,10 @@ class DrawnEntries(LayeredForm):
     up_places: Fixed[tuple[Array, ...], "..."]
     down_places: Fixed[tuple[Array, ...], "..."]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layers(self)
+
     @classmethod
     def create(
         cls, weights: Sequence[Like], rank: int, *, length: int = 256, rng: RNG = None
@@ -279,11 +288,15 @@ class DrawnEntries(LayeredForm):
         )
 
 
+def _check_layers(form: LayeredForm) -> None:
+    """What the annotations promise holds for every layer."""
+    for index in range(form.num_layers):
+        form.layer(index)
+
+
 def _shapes(weights: Sequence[Like], rank: int) -> tuple[list[tuple[int, int]], Array]:
     """Shapes of weights, and an array like them, after the checks that banks share."""
-    if not weights:
-        raise ValueError("at least one weight is needed, got none")
-    shapes, likes = zip(*map(template, weights), strict=True)
+    shapes = shapes_of(weights)
     for shape in shapes:
         check_rank(rank, min(shape), shape)
-    return list(shapes), likes[0]
+    return shapes, like_of(weights)
