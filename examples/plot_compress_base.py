@@ -6,6 +6,8 @@ Every linear layer of MiniLM becomes two factors, at several budgets of paramete
 how much the embeddings of sentences turn. Compared are the singular values of the weights
 themselves at one ratio for all layers, those of the outputs at one ratio (SVD-LLM), and those of
 the outputs with ranks that are planned over all layers, in two norms.
+
+It needs PyTorch, transformers and MiniLM: ``python -m pip install ".[docs]"``.
 """
 
 # %%

@@ -7,6 +7,8 @@ invertible ``x``. Here the last layer of MiniLM, a sentence transformer, learns 
 docstring which topic a function of Python's standard library belongs to. Five rules start twice,
 from balanced factors and from the same adapter in a bad gauge, and we look at whose path depends on
 the choice.
+
+It needs PyTorch, PEFT, transformers and MiniLM: ``python -m pip install ".[docs]"``.
 """
 
 # %%

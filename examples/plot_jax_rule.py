@@ -4,6 +4,8 @@ An update rule under ``jax.jit``
 
 Rules are pure functions of arrays, so one training step, loss, gradient and rule together, is one
 compiled function. Here two layers of a small network are adapted by LoRA pairs.
+
+It needs JAX: ``python -m pip install ".[jax]"``.
 """
 
 # %%

@@ -6,6 +6,8 @@ A transformer that reads bytes learns to write Python from the sources of the st
 random weights, five times: by AdamW, by three rules that keep Adam's moments in a subspace of each
 gradient (GaLore, Fira, APOLLO), and by LORO, whose weights are products of two factors. We compare
 losses, and the memory of optimizer and weights.
+
+It needs PyTorch: ``python -m pip install ".[torch]"``.
 """
 
 # %%

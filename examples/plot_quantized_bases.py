@@ -6,6 +6,8 @@ Three bits hold a weight badly. A correction of rank 16 beside it takes up part 
 which part depends on the norm in which it is best. Here seven methods do that for the layers of
 MiniLM, a sentence transformer, and are measured by what counts: the error of the outputs of a
 layer, on real sentences that none of them has seen.
+
+It needs PyTorch, transformers and MiniLM: ``python -m pip install ".[docs]"``.
 """
 
 # %%

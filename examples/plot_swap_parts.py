@@ -5,6 +5,8 @@ One script, many variants
 A variant of LoRA is a form, a start and a rule, and the catalog knows them by name. The script
 does not change while the name does: the last two layers of MiniLM, a sentence transformer, learn to
 tell from its docstring which topic a function of Python's standard library belongs to.
+
+It needs PyTorch, transformers and MiniLM: ``python -m pip install ".[docs]"``.
 """
 
 # %%

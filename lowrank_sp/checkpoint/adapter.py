@@ -110,10 +110,17 @@ def check_base(model: Checkpoint, adapters: Mapping[str, Adapter]) -> None:
             raise CheckpointError(f"{name}: {reason}")
 
 
+def _is_one_place(one: str | None, two: str | None) -> bool:
+    """Whether two names are paths of one directory or file."""
+    if one is None or two is None:
+        return False
+    return Path(one).exists() and Path(two).exists() and Path(one).samefile(two)
+
+
 def check_same_base(adapters: Mapping[str, Adapter]) -> None:
     """Raise unless all adapters were made for one base model.
 
-    Fingerprints decide where both adapters have one, names elsewhere.
+    Fingerprints decide where both adapters have one, names elsewhere: a path is what it leads to.
 
     Parameters
     ----------
@@ -130,7 +137,7 @@ def check_same_base(adapters: Mapping[str, Adapter]) -> None:
         for other, known in seen:
             prints = known.fingerprint, adapter.fingerprint
             one, two = prints if None not in prints else (known.base, adapter.base)
-            if one != two:
+            if one != two and not _is_one_place(one, two):
                 raise CheckpointError(
                     f"adapters must have one base, got {one!r} of {other} and {two!r} of {name}"
                 )

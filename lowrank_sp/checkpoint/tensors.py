@@ -36,8 +36,9 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
         If the file is missing, or holds anything else.
     """
     if not path.exists():
-        inside = sorted(path.parent.glob(f"*/{path.name}"))
-        hint = f"did you mean {inside[0].parent}" if inside else "is it the right directory"
+        beside = [path.parent.parent / path.name, *sorted(path.parent.glob(f"*/{path.name}"))]
+        found = next((other for other in beside if other.exists()), None)
+        hint = "is it the right directory" if found is None else f"did you mean {found.parent}"
         raise CheckpointError(f"{path}: there is no such {what}; {hint}?")
     try:
         return parse_object(path.read_bytes())

@@ -201,34 +201,49 @@ def _read_patterns(path: Path | None) -> dict[str, Any]:
 
 
 def _report_table(report: checkpoint.Report) -> tuple[Table, str]:
+    lines = ["alpha: the update is scale * up @ down, with scale = alpha / rank. ms: milliseconds"]
+    spectral = any(row.singular_values for row in report.layers)
+    measured = any(row.error is not None for row in report.layers)
+    if spectral:
+        lines += [
+            "sigma_1, sigma_r: largest and smallest singular value that the adapter is made of",
+            "energy: share of ||W||_F^2 that these have",
+            "bound: certified error of each of them, relative to sigma_1",
+        ]
+    if measured:
+        lines += [
+            "error: root mean square of what the residual makes of the inputs in the calibration "
+            "data"
+        ]
     made = table(
-        *("layer", "shape", "rank", "alpha", "sigma_1", "sigma_r", "energy", "bound", "ms")
-    )
-    lines = (
-        "sigma_1, sigma_r: largest and smallest singular value that the adapter takes over "
-        "of the weight W\n"
-        "energy: share of ||W||_F^2 that these have\n"
-        "bound: certified error of each of them, relative to sigma_1. ms: milliseconds"
+        *("layer", "shape", "rank", "alpha"),
+        *(("sigma_1", "sigma_r", "energy", "bound") if spectral else ()),
+        *(("error",) if measured else ()),
+        "ms",
     )
     for row in report.layers:
         s = row.singular_values
+        values = (
+            number(s[0] if s else None, ".4g"),
+            number(s[-1] if s else None, ".4g"),
+            number(row.energy, ".1%"),
+            number(row.bound, ".0e"),
+        )
         made.add_row(
             row.name,
             size(row.shape),
             str(row.rank),
             f"{row.alpha:g}",
-            number(s[0] if s else None, ".3f"),
-            number(s[-1] if s else None, ".3f"),
-            number(row.energy, ".1%"),
-            number(row.bound, ".0e"),
+            *(values if spectral else ()),
+            *((number(row.error, ".3g"),) if measured else ()),
             f"{1e3 * row.seconds:.0f}",
         )
-    return made, lines
+    return made, "\n".join(lines)
 
 
 def _verdict(outcome: checkpoint.Verification) -> str:
     if not outcome.fingerprint_matches:
-        return "the model is not the one that was initialized"
+        return "the model is not the one that was initialized; pass that one as --base"
     if outcome.changed:
         count = len(outcome.changed)
         return f"{count} tensors without an adapter were changed, first {outcome.changed[0]}"
