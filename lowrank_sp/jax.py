@@ -1,9 +1,9 @@
 """JAX: forms and factorizations as pytrees, and what of them is trained.
 
-Importing this module registers every form, those that are defined later too, and the low-rank
-matrices with JAX. Their arrays are leaves, trained or not; numbers and shapes are part of the
-structure, so that a function is compiled anew where they differ. Checks are for values that people
-make: a tree of tracers, gradients or axes is put together without them.
+Importing this module registers with JAX every form, those that are defined later too, the low-rank
+and the quantized matrices, and banks of adapters. Their arrays are leaves, trained or not; numbers
+and shapes are part of the structure, so that a function is compiled anew where they differ. Checks
+are for values that people make: a tree of tracers, gradients or axes is put together without them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import jax
 from lowrank_sp._arrays import Array
 from lowrank_sp.adapters.forms import Parts
 from lowrank_sp.adapters.forms._parts import NEW_CLASSES
+from lowrank_sp.adapters.quantize import Quantized
+from lowrank_sp.adapters.serving import AdapterBank
 from lowrank_sp.factors import SVD, LowRank
 
 
@@ -99,20 +101,23 @@ def _register_parts(cls: type[Parts]) -> None:
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
-def _register_matrix(cls: type[LowRank] | type[SVD]) -> None:
-    names = [field.name for field in fields(cls)]
+def _register_value(cls: type, static: tuple[str, ...] = ()) -> None:
+    """Register a frozen dataclass of arrays, and of fields that belong to the structure."""
+    names = [field.name for field in fields(cls) if field.name not in static]
 
-    def flatten(matrix: Any) -> tuple[tuple[Array, ...], None]:
-        return tuple(getattr(matrix, name) for name in names), None
+    def flatten(value: Any) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+        arrays = tuple(getattr(value, name) for name in names)
+        return arrays, tuple(getattr(value, name) for name in static)
 
-    def flatten_with_keys(matrix: Any) -> tuple[tuple[Any, ...], None]:
+    def flatten_with_keys(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        arrays, rest = flatten(value)
         keys = [jax.tree_util.GetAttrKey(name) for name in names]
-        return tuple(zip(keys, flatten(matrix)[0], strict=True)), None
+        return tuple(zip(keys, arrays, strict=True)), rest
 
-    def unflatten(_: None, children: Iterable[Array]) -> Any:
-        matrix: Any = object.__new__(cls)
-        matrix.__dict__.update(zip(names, children, strict=True))
-        return matrix
+    def unflatten(rest: tuple[Any, ...], arrays: Iterable[Array]) -> Any:
+        value: Any = object.__new__(cls)
+        value.__dict__.update(zip([*names, *static], [*arrays, *rest], strict=True))
+        return value
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
@@ -125,8 +130,10 @@ def _below(cls: type[Parts]) -> dict[type[Parts], None]:
     return found
 
 
-for _matrix in (LowRank, SVD):
-    _register_matrix(_matrix)
+_register_value(LowRank)
+_register_value(SVD)
+_register_value(Quantized, ("columns", "block", "bits"))
+_register_value(AdapterBank, ("ranks", "scales", "names"))
 for _form in _below(Parts):
     _register_parts(_form)
 NEW_CLASSES.append(_register_parts)

@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from form_cases import random_values, weight_of
 from form_cases_layers import weights_of
 
 from lowrank_sp import SVD, LowRank
 from lowrank_sp.adapters import forms
 from lowrank_sp.adapters.forms import Fixed, Form, Trained
+from lowrank_sp.adapters.quantize import double, int_affine, nf4
+from lowrank_sp.adapters.serving import AdapterBank
 from lowrank_sp.jax import trained, with_trained
 from lowrank_sp.linalg import truncated_svd
 
@@ -126,6 +129,98 @@ def test_forms_of_many_layers(case):
     assert {k: a.shape for k, a in gradient.items()} == {
         k: a.shape for k, a in form.parameters().items()
     }
+
+
+@pytest.mark.parametrize("through_norm", [False, True])
+def test_gradients_at_rows_and_columns_that_are_zero(through_norm):
+    """Lengths have no derivative there; PyTorch takes zero for it, and so do the forms."""
+    weight = np.random.default_rng(0).standard_normal((5, 4))
+    weight[1] = weight[:, 2] = 0.0
+    for kind in (forms.RowMagnitude, forms.BothMagnitudes):
+        form = random_values(kind.create(weight, 2, through_norm=through_norm, rng=0), np.asarray)
+        x = np.random.default_rng(1).standard_normal((3, 4))
+        ours = to_jax(form)
+        loss = jax.grad(lambda p, f, x: (with_trained(f, p).apply(x) ** 2).sum())
+        gradient = loss(trained(ours), ours, x)
+        theirs = form.replace({k: torch.tensor(a) for k, a in form.arrays().items()})
+        leaves = {k: a.requires_grad_() for k, a in theirs.parameters().items()}
+        (theirs.replace(leaves).apply(torch.tensor(x)) ** 2).sum().backward()
+        for name, a in gradient.items():
+            close(a, leaves[name].grad)
+
+
+# Banks
+
+
+def bank_of(xp, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    pairs = [
+        forms.Product(
+            xp.asarray(rng.standard_normal((6, r)).astype(dtype)),
+            xp.asarray(rng.standard_normal((r, 5)).astype(dtype)),
+            0.5 * (k + 1),
+        )
+        for k, r in enumerate((2, 3, 2, 2))
+    ]
+    return AdapterBank.of(pairs)
+
+
+#: Some adapters twice, one never, and a row without any.
+IDS = np.array([0, 2, -1, 1, 0, 2, 0])
+
+
+def test_banks_go_through_functions_and_their_gradients():
+    rng = np.random.default_rng(1)
+    x, target = rng.standard_normal((7, 3, 5)), rng.standard_normal((7, 3, 6))
+    plain, bank = bank_of(np), bank_of(jnp)
+    leaves, tree = jax.tree.flatten(bank)
+    assert len(leaves) == 2
+    assert tree == jax.tree.structure(bank_of(jnp))
+
+    @jax.jit
+    def both(bank, x):
+        def loss(bank, x):
+            y = bank.apply(x, IDS)
+            return ((y - target) ** 2).sum() / 2, y
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(bank, x)
+
+    (_, y), (of_bank, of_x) = both(bank, jnp.asarray(x))
+    close(y, plain.apply(x, IDS))
+    assert isinstance(of_bank, AdapterBank)
+    rest = y - target
+    for k, name in enumerate(plain.names):
+        product, rows = plain[name], k == IDS
+        hidden = np.asarray(rest)[rows] @ product.up * product.scale
+        down = np.einsum("tbr,tbn->rn", hidden, x[rows])
+        up = np.einsum("tbm,tbr->mr", np.asarray(rest)[rows], x[rows] @ product.down.T)
+        close(of_bank[name].down, down)
+        close(of_bank[name].up, product.scale * up)
+        close(np.asarray(of_x)[rows], hidden @ product.down)
+    assert not np.any(np.asarray(of_x)[IDS < 0])
+    assert not np.any(np.asarray(of_bank[3].down))
+
+
+def test_banks_that_are_quantized_are_compiled():
+    bank, x = bank_of(jnp).map(nf4), jnp.ones((7, 5))
+    assert len(jax.tree.leaves(bank)) == 6
+    close(jax.jit(lambda b, x: b.apply(x, IDS))(bank, x), bank.apply(x, IDS))
+    half = bank_of(jnp).map(lambda a: a.astype(jnp.bfloat16))
+    y = jax.jit(lambda b, x: b.apply(x, IDS))(half, x.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+
+
+def test_matrices_that_are_quantized_are_trees():
+    a = np.random.default_rng(0).standard_normal((6, 10))
+    for q in (
+        nf4(jnp.asarray(a), block=4),
+        int_affine(jnp.asarray(a), block=4),
+        double(nf4(jnp.asarray(a))),
+    ):
+        again = jax.tree.map(lambda x: x, q)
+        assert type(again) is type(q)
+        close(jax.jit(lambda q: q.to_dense())(q), q.to_dense())
+        close(jax.jit(lambda q, x: q @ x)(q, jnp.ones((10, 2))), q @ jnp.ones((10, 2)))
 
 
 def test_trees_of_forms_and_other_things():

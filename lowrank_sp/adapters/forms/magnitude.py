@@ -204,7 +204,10 @@ class BothMagnitudes(Form):
         up, down = _for_norm(self.up, self.down, self.through_norm)
         left = _over_length(self.rows, _row_squares(self.weight, up, down, self.scale))
         outer = (left if self.through_norm else detached(left))[:, None]
-        squares = _row_squares((outer * self.weight).mT, down.mT, (outer * up).mT, self.scale)
+        weight = outer * self.weight
+        # Not the square of a norm, which JAX cannot differentiate where a column is zero.
+        base = namespace(weight).sum(weight * weight, axis=0)
+        squares = base + _change_of_squares(weight.mT, down.mT, (outer * up).mT, self.scale)
         return left, _over_length(self.columns, squares)
 
 
@@ -219,10 +222,15 @@ def _real(weight: Array, form: str) -> Array:
 
 def _row_squares(weight: Array, up: Array, down: Array, scale: float) -> Array:
     """Squared lengths of the rows of ``weight + scale * up @ down``, which is not formed."""
-    xp = namespace(weight)
+    base = namespace(weight).linalg.vector_norm(weight, axis=1) ** 2
+    return base + _change_of_squares(weight, up, down, scale)
+
+
+def _change_of_squares(weight: Array, up: Array, down: Array, scale: float) -> Array:
+    """What the product adds to the squared lengths of the rows of the weight."""
     scaled = up * scale
     inner = scaled * (2.0 * (weight @ down.mT) + scaled @ (down @ down.mT))
-    return xp.linalg.vector_norm(weight, axis=1) ** 2 + xp.sum(inner, axis=1)
+    return namespace(weight).sum(inner, axis=1)
 
 
 def _over_length(magnitude: Array, squares: Array) -> Array:

@@ -22,7 +22,6 @@ from lowrank_sp._arrays import (
     max_abs,
     namespace,
     slices,
-    to_host,
 )
 from lowrank_sp.operators import Rows
 
@@ -166,8 +165,10 @@ def _bytes_table(levels: Array, bits: int) -> Array:
     """Levels of the ``8 // bits`` codes of every byte, of shape ``(256, 8 // bits)``."""
     codes = np.arange(256)[:, None] >> (bits * np.arange(8 // bits)) & (2**bits - 1)
     # The last codes of a format may have no level.
-    host = to_host(levels)[np.minimum(codes, levels.shape[0] - 1)]
-    return from_host(host, levels)
+    codes = np.minimum(codes, levels.shape[0] - 1)
+    xp = namespace(levels)
+    index = from_host(codes.reshape(-1), levels, xp.int32)
+    return xp.reshape(xp.take(levels, index, axis=0), codes.shape)
 
 
 def check_real(a: Array) -> None:
