@@ -27,10 +27,13 @@ OPTIONS = {
     "DeLoRA": {"strength": 0.1},
     "FourierFT": {"count": 200},
     "WaveFT": {"count": 200},
+    "OFT": {"block": 8},
+    "BOFT": {"block": 4, "stages": 2},
     "VB-LoRA": {"vectors": 10, "length": 8},
 }
 #: Rows whose size the weight or an option determines.
 WITHOUT_RANK = {"SVDiff", "SVFT", "KRAdapter", "QuanTA", "C3A", "FourierFT", "WaveFT"}
+WITHOUT_RANK |= {"OFT", "BOFT"}
 
 
 def grid_of(row):

@@ -3,6 +3,7 @@
 import numpy as np
 from form_cases import SHAPE, Case
 from form_cases_rank import places
+from scipy import linalg
 
 from lowrank_sp._arrays import detached
 from lowrank_sp.adapters import forms
@@ -96,6 +97,43 @@ def reflections(a, weight):
 def orthogonal_reflections(a, weight):
     q = np.linalg.qr(a["vectors"])[0]
     return -2 * weight @ q @ q.T
+
+
+def skew(values):
+    size = (1 + round((1 + 8 * len(values)) ** 0.5)) // 2
+    k = np.zeros((size, size))
+    k[np.triu_indices(size, 1)] = values
+    return k - k.T
+
+
+def cayley(k):
+    return (np.eye(len(k)) + k) @ np.linalg.inv(np.eye(len(k)) - k)
+
+
+def block_rotations(a, weight):
+    turns = [cayley(skew(values)) for values in a["skew"]]
+    return weight @ linalg.block_diag(*turns).T - weight
+
+
+def shared_series(a, weight):
+    k = skew(a["skew"][0])
+    turn = np.eye(4) + 2 * k + 2 * k @ k + 2 * k @ k @ k + k @ k @ k @ k
+    return weight @ linalg.block_diag(turn, turn).T - weight
+
+
+def butterfly(a, weight):
+    """A permutation as PEFT has it: halves of pieces, those at even places before the others."""
+    turn = np.eye(N)
+    for i, stage in enumerate(a["blocks"]):
+        blocks = linalg.block_diag(*[cayley((block.T - block) / 2) for block in stage])
+        half = stage.shape[1] // 2
+        order = []
+        for start in range(0, N, stage.shape[1] << i):
+            halves = np.arange(start, start + (stage.shape[1] << i)).reshape(-1, half)
+            order += [*halves[::2].ravel(), *halves[1::2].ravel()]
+        permuted = np.eye(N)[order]
+        turn = permuted @ blocks @ permuted.T @ turn
+    return a["gains"] * (weight @ turn.T) - weight
 
 
 def mixtures(logits, bank, top):
@@ -242,7 +280,7 @@ CASES = [
     ),
     Case(
         "normalized product",
-        lambda w, rng: forms.NormalizedProduct.create(w, R, rng=rng),
+        lambda w, rng: forms.NormalizedProduct.create(w, R, strength=0.1, rng=rng),
         normalized,
         num_trainable=R * (M + N) + 1,
         rank=R,
@@ -266,6 +304,30 @@ CASES = [
         rank=R,
         lora=R,
         zero=False,
+    ),
+    Case(
+        "block rotations",
+        lambda w, _: forms.BlockRotations.create(w, block=4),
+        block_rotations,
+        num_trainable=2 * 6,
+        rank=N,
+        lora=None,
+    ),
+    Case(
+        "block rotations, shared, by a series",
+        lambda w, _: forms.BlockRotations.create(w, block=4, shared=True, order=4),
+        shared_series,
+        num_trainable=6,
+        rank=N,
+        lora=None,
+    ),
+    Case(
+        "butterfly",
+        lambda w, _: forms.ButterflyRotations.create(w, block=2, stages=3),
+        butterfly,
+        num_trainable=3 * 2 * N + M,
+        rank=N,
+        lora=None,
     ),
     Case(
         "factors of a bank",

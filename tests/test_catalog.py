@@ -44,8 +44,8 @@ def test_what_the_issue_of_the_survey_lists_is_there():
     """
     wanted = listed.split()
     wanted += ["CorDA, instruction-previewed", "CorDA, knowledge-preserved", "MoRA, type 1"]
-    wanted += ["MiSS", "Bone", "SHiRA", "C3A", "FourierFT", "WaveFT", "DeLoRA", "HRA"]
-    wanted += ["VB-LoRA", "Uni-LoRA", "MoRA, type 2", "MoRA, type 3", "MoRA, type 4"]
+    wanted += ["MiSS", "Bone", "SHiRA", "C3A", "FourierFT", "WaveFT", "DeLoRA", "HRA", "OFT"]
+    wanted += ["BOFT", "VB-LoRA", "Uni-LoRA", "MoRA, type 2", "MoRA, type 3", "MoRA, type 4"]
     wanted += ["MoRA, type 6", "BoRA, bi-dimensional", "BoRA, block-diversified", "ShareLoRA, A"]
     assert set(wanted) <= CATALOG.keys()
 

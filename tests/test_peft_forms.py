@@ -192,6 +192,19 @@ CASES |= {
         forms.NormalizedProduct,
         {"r": 3, "delora_lambda": 3, "rank_pattern": {"even": 2}},
     ),
+    "oft": Case(peft.OFTConfig, forms.BlockRotations, {"oft_block_size": 4}),
+    "oft of three terms": Case(
+        peft.OFTConfig, forms.BlockRotations, {"oft_block_size": 4, "num_cayley_neumann_terms": 3}
+    ),
+    "oft, exact": Case(
+        peft.OFTConfig,
+        forms.BlockRotations,
+        {"oft_block_size": 6, "use_cayley_neumann": False},
+    ),
+    "oft, shared": Case(
+        peft.OFTConfig, forms.BlockRotations, {"oft_block_size": 6, "block_share": True}
+    ),
+    "boft": Case(peft.BOFTConfig, forms.ButterflyRotations, {"boft_block_size": 6}),
     "hra": Case(peft.HRAConfig, forms.Reflections, {"r": 4}),
     "hra, orthogonal": Case(
         peft.HRAConfig, forms.Reflections, {"r": 4, "apply_GS": True, "init_weights": False}
@@ -201,6 +214,7 @@ CASES |= {
 #: The same for layers of GPT-2, as far as PEFT has them.
 WITHOUT_CONV1D = {peft.LoHaConfig, peft.LoKrConfig, peft.PsoftConfig, peft.ShiraConfig}
 WITHOUT_CONV1D |= {peft.C3AConfig, peft.MissConfig, peft.DeloraConfig, peft.HRAConfig}
+WITHOUT_CONV1D |= {peft.OFTConfig, peft.BOFTConfig}
 for name, of_linear in list(CASES.items()):
     if of_linear.config not in WITHOUT_CONV1D and name != "kasa":
         options = {**of_linear.options, "fan_in_fan_out": True}
@@ -228,6 +242,14 @@ def trained(case: Case) -> peft.PeftModel:
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_cuda():
+    """BOFT would compile an extension."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -423,6 +445,11 @@ MADE_HERE = {
     "shards, repeated": at_zero(partial(forms.SharedShard.create, rank=5, rows=4)),
     "shards of the weight": at_zero(partial(forms.WeightShards.create, rank=4)),
     "normalized product": per_layer(partial(forms.NormalizedProduct.create, rank=3)),
+    "rotations": at_zero(partial(forms.BlockRotations.create, block=6)),
+    "rotations, shared, by a series": at_zero(
+        partial(forms.BlockRotations.create, block=4, shared=True, order=6)
+    ),
+    "butterfly of one stage": at_zero(partial(forms.ButterflyRotations.create, block=4)),
     "reflections": per_layer(partial(forms.Reflections.create, rank=4)),
 }
 
@@ -696,6 +723,17 @@ NOT_WRITTEN = {
         },
         "MiSS has one number of rows of shards for all layers, got 4 of a and 6 of b",
     ),
+    "series of two terms": (
+        {"a": forms.BlockRotations.create(np.ones((12, 24)), block=4, order=2)},
+        "a: the series of OFT in PEFT has an order of 3 or more, got 2",
+    ),
+    "rotations shared by some": (
+        {
+            "a": forms.BlockRotations.create(np.ones((12, 24)), block=4, shared=True),
+            "b": forms.BlockRotations.create(np.ones((12, 24)), block=4),
+        },
+        "b: pieces share their rotation in all layers of OFT or in none, got 6 rotations",
+    ),
     "PSOFT without a model": (
         {"a": forms.RotatedCore.create(np.diag([3.0, 2.0, 1.0]), 2)},
         "a: PSOFT cannot be read or written without the base model; give model",
@@ -778,6 +816,13 @@ NOT_READ = {
         {"base_model.vblora_vector_bank": None},
         "the file has no base_model.vblora_vector_bank",
     ),
+    "constrained rotations": ("oft", {"coft": True}, {}, "coft=True of OFT moves the numbers"),
+    "series of old": (
+        "oft",
+        {"peft_version": "0.17.1"},
+        {},
+        r"from 0\.18\.0 of PEFT on and for at least 3 terms, got 0\.17\.1 and 5",
+    ),
     "option": ("psoft", {"use_cayley_neumann": True}, {}, "use_cayley_neumann=True of PSOFT"),
     "type": ("lora", {"peft_type": "IA3"}, {}, "peft_type must be one of ADALORA, .*, got IA3"),
     "expression": ("lora", {"alpha_pattern": {"(": 2}}, {}, "not a regular expression"),
@@ -828,6 +873,22 @@ def test_places_are_those_of_the_generator_of_pytorch():
         assert np.array_equal(forms.peft_places(size, count, seed=seed), expected)
 
 
+def test_butterflies_of_many_stages_are_those_of_peft():
+    """PEFT allows more than one on CUDA only, but has its parts everywhere."""
+    n, size, stages = 24, 6, 3
+    form = forms.ButterflyRotations.create(np.eye(n), block=size, stages=stages)
+    blocks = 0.5 * np.random.default_rng(0).standard_normal(form.blocks.shape)
+    layer = peft.tuners.boft.layer.BOFTLayer(nn.Linear(n, n))
+    turn = torch.eye(n, dtype=torch.float64)
+    for i, stage in enumerate(torch.asarray(blocks)):
+        order = layer.block_butterfly_perm(n, (n // size) >> i, size // 2, stages - 1)
+        permutation = layer.perm2mat(order).double()
+        rotations = torch.block_diag(*layer.cayley_batch(stage))
+        turn = permutation @ rotations @ permutation.mT @ turn
+    found = form.replace({"blocks": blocks}).merge(np.eye(n))
+    assert np.allclose(found, turn.mT, atol=1e-6)  # PEFT solves in single precision
+
+
 def test_counts_of_layers_of_which_one_name_ends_another(tmp_path):
     """Patterns of FourierFT ask for a dot before them, which the first of these names has not."""
     layers = {
@@ -846,7 +907,20 @@ def test_counts_of_layers_of_which_one_name_ends_another(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["dora", "hira", "vera", "randlora", "psoft", "fourierft", "shira", "miss", "bone", "hra"],
+    [
+        "dora",
+        "hira",
+        "vera",
+        "randlora",
+        "psoft",
+        "fourierft",
+        "shira",
+        "miss",
+        "bone",
+        "oft",
+        "boft",
+        "hra",
+    ],
 )
 def test_methods_that_need_the_model_say_so(name, tmp_path):
     trained(CASES[name]).save_pretrained(str(tmp_path))

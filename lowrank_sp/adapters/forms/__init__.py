@@ -51,6 +51,8 @@ from lowrank_sp.adapters.forms.random_sum import PositionalRandomSum as Position
 from lowrank_sp.adapters.forms.random_sum import RandomSum as RandomSum
 from lowrank_sp.adapters.forms.random_sum import random_basis as random_basis
 from lowrank_sp.adapters.forms.reflections import Reflections as Reflections
+from lowrank_sp.adapters.forms.rotations import BlockRotations as BlockRotations
+from lowrank_sp.adapters.forms.rotations import ButterflyRotations as ButterflyRotations
 from lowrank_sp.adapters.forms.shards import SharedShard as SharedShard
 from lowrank_sp.adapters.forms.shards import WeightShards as WeightShards
 from lowrank_sp.adapters.forms.shared_core import CoreBlocks as CoreBlocks

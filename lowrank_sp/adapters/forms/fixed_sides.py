@@ -236,16 +236,19 @@ class RotatedCore(Sandwich):
 
 
 def skew_matrix(values: Array, size: int) -> Array:
-    """The skew-symmetric matrix with ``values`` above its diagonal, row by row."""
+    """The skew-symmetric matrices with ``values`` above their diagonals, row by row."""
     xp = namespace(values)
     index = xp.arange(size, device=device(values))
     low = xp.minimum(index[:, None], index[None, :])
     high = xp.maximum(index[:, None], index[None, :])
     place = low * (2 * size - low - 1) // 2 + high - low - 1
     # One more entry, of the diagonal, so that no index lies outside.
-    place = xp.where(low == high, xp.full_like(place, values.shape[0]), place)
-    padded = xp.concat([values, xp.zeros(1, dtype=values.dtype, device=device(values))])
-    entries = xp.reshape(xp.take(padded, xp.reshape(place, (-1,))), (size, size))
+    place = xp.where(low == high, xp.full_like(place, values.shape[-1]), place)
+    lead = values.shape[:-1]
+    none = xp.zeros((*lead, 1), dtype=values.dtype, device=device(values))
+    padded = xp.concat([values, none], axis=-1)
+    flat = xp.take(padded, xp.reshape(place, (-1,)), axis=-1)
+    entries = xp.reshape(flat, (*lead, size, size))
     return entries * xp.astype(xp.sign(index[None, :] - index[:, None]), values.dtype)
 
 

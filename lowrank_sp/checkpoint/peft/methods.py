@@ -15,6 +15,8 @@ from lowrank_sp.adapters.forms import (
     BankFactors,
     BlockCirculant,
     BlockGrid,
+    BlockRotations,
+    ButterflyRotations,
     CombinedCore,
     DiagonalCore,
     DrawnFactors,
@@ -37,7 +39,16 @@ from lowrank_sp.adapters.forms import (
     WaveletCoefficients,
     WeightShards,
 )
-from lowrank_sp.checkpoint.peft import banks, coefficients, lora, lycoris, shards, shared, sides
+from lowrank_sp.checkpoint.peft import (
+    banks,
+    coefficients,
+    lora,
+    lycoris,
+    rotations,
+    shards,
+    shared,
+    sides,
+)
 from lowrank_sp.checkpoint.peft.config import Config
 from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place
 
@@ -380,13 +391,35 @@ METHODS = (
         conv1d=False,
     ),
     Method(
+        "OFT",
+        "OFT",
+        BlockRotations,
+        (("oft_R.weight",),),
+        rotations.load_oft,
+        rotations.save_oft,
+        rotations.configure_oft,
+        needs_model=True,
+        conv1d=False,
+    ),
+    Method(
+        "BOFT",
+        "BOFT",
+        ButterflyRotations,
+        (("boft_R", "boft_s"),),
+        rotations.load_boft,
+        rotations.save_boft,
+        rotations.configure_boft,
+        needs_model=True,
+        conv1d=False,
+    ),
+    Method(
         "HRA",
         "HRA",
         Reflections,
         (("hra_u",),),
-        shards.load_hra,
-        shards.save_hra,
-        shards.configure_hra,
+        rotations.load_hra,
+        rotations.save_hra,
+        rotations.configure_hra,
         needs_model=True,
         conv1d=False,
     ),

@@ -1,11 +1,11 @@
-"""Rows of the grammar for shards, normalized products and reflections: MiSS, DeLoRA, HRA."""
+"""Rows of the grammar for shards and normalized products: MiSS, Bone, DeLoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank_sp.adapters.forms import NormalizedProduct, Reflections, SharedShard, WeightShards
+from lowrank_sp.adapters.forms import NormalizedProduct, SharedShard, WeightShards
 from lowrank_sp.checkpoint.peft.config import Config, common, counted
 from lowrank_sp.checkpoint.peft.parts import Arrays, Found, Place, made
 
@@ -85,25 +85,3 @@ def configure_delora(forms: Mapping[str, NormalizedProduct]) -> dict[str, Any]:
     """Ranks; strengths are in the file, whatever the configuration says."""
     ranks = counted({name: form.up.shape[1] for name, form in forms.items()}, "r", "rank_pattern")
     return {**ranks, "delora_lambda": 15, "module_dropout": 0.0, "bias": "none"}
-
-
-def load_hra(x: Found) -> Reflections:
-    """Vectors to reflect the inputs of the weight at."""
-    return made(
-        Reflections,
-        vectors=x["hra_u"],
-        weight=x.place.weight(),
-        orthogonal=bool(x.config.get("apply_GS", False)),
-    )
-
-
-def save_hra(form: Reflections, place: Place) -> Arrays:  # noqa: ARG001
-    """The vectors."""
-    return {"hra_u": form.vectors}
-
-
-def configure_hra(forms: Mapping[str, Reflections]) -> dict[str, Any]:
-    """One number of vectors, all of them orthogonal or none."""
-    sizes = {name: (form.vectors.shape[1], form.orthogonal) for name, form in forms.items()}
-    rank, orthogonal = common(sizes, "(rank, orthogonal)", "HRA")
-    return {"r": rank, "apply_GS": orthogonal, "bias": "none", "init_weights": True}
