@@ -130,6 +130,7 @@ WITH_EXAMPLES = {
     "lowrank_sp.torch.attaching",
     "lowrank_sp.torch.collect",
     "lowrank_sp.torch.initialize",
+    "lowrank_sp.torch.integers",
     "lowrank_sp.torch.optim",
     "lowrank_sp.torch.pairs",
     "lowrank_sp.torch.projected",

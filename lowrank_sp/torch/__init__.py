@@ -15,6 +15,8 @@ from lowrank_sp.torch.collect import collect_inputs as collect_inputs
 from lowrank_sp.torch.factored import FactoredLinear as FactoredLinear
 from lowrank_sp.torch.factored import load_factored_ as load_factored_
 from lowrank_sp.torch.initialize import initialize_ as initialize_
+from lowrank_sp.torch.integers import IntegerTensor as IntegerTensor
+from lowrank_sp.torch.integers import integer_weights_ as integer_weights_
 from lowrank_sp.torch.modules import Adapted as Adapted
 from lowrank_sp.torch.optim import FactorOptimizer as FactorOptimizer
 from lowrank_sp.torch.pairs import ParameterPair as ParameterPair

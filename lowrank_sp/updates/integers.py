@@ -76,19 +76,17 @@ class Integers:
         shift = 0.5 if noise is None else self._blocks(noise)
         rounded = xp.clip(xp.floor(unit * self.largest + shift), -self.largest, self.largest)
         codes = xp.astype(rounded + self.largest, xp.uint8)
-        codes = xp.reshape(codes, (*codes.shape[:-2], -1))
+        codes = xp.reshape(codes, (*codes.shape[:-2], -1))[..., : x.shape[-1]]
         return {"codes": self._packed(codes), "scales": scales}
 
     def decode(self, kept: State, columns: int) -> Array:
         """The array of ``columns`` columns that integers and scales stand for."""
         xp, scales = namespace(kept["codes"]), kept["scales"]
-        block = min(self.block, columns)
         packed = kept["codes"][..., None]
         shifts = self.bits * xp.arange(8 // self.bits, dtype=xp.uint8, device=device(packed))
         codes = (packed >> shifts) & (2**self.bits - 1)
-        codes = xp.reshape(codes, (*codes.shape[:-2], -1))[..., : scales.shape[-1] * block]
-        integers = xp.astype(codes, scales.dtype) - self.largest
-        integers = xp.reshape(integers, (*scales.shape, block))
+        codes = xp.reshape(codes, (*codes.shape[:-2], -1))[..., :columns]
+        integers = self._blocks(xp.astype(codes, scales.dtype) - self.largest)
         values = integers / self.largest * scales[..., None]
         return xp.reshape(values, (*values.shape[:-2], -1))[..., :columns]
 
@@ -155,3 +153,13 @@ def _mixed(x: Array) -> Array:
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x21F0AAAD
     x = (x ^ ((x >> 15) & 0x1FFFF)) * 0x735A2D97
     return x ^ ((x >> 15) & 0x1FFFF)
+
+
+def rows_short(x: Array) -> Array:
+    """A weight or its transpose, with rows along the shorter side, which shards leave whole."""
+    return x.mT if x.shape[-2] < x.shape[-1] else x
+
+
+def turned_like(rows: Array, shape: tuple[int, ...]) -> Array:
+    """The weight of a shape that :func:`rows_short` has made ``rows`` of."""
+    return rows.mT if shape[-2] < shape[-1] else rows

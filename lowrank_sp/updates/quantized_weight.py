@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_sp._arrays import Array, adjoint, as_compute, namespace
 from lowrank_sp.updates.full_weight import Choice, GaLore, norm_of, short_first
-from lowrank_sp.updates.integers import Integers, uniform_at
+from lowrank_sp.updates.integers import Integers, rows_short, turned_like, uniform_at
 from lowrank_sp.updates.moments import named, part
 from lowrank_sp.updates.projector import Every, Growing, Lazy, Subspace
 from lowrank_sp.updates.rule import State, rounded, where
@@ -153,7 +153,7 @@ class QGaLore(GaLore):
         """
         if self.weights is None:
             raise ValueError("the rule keeps weights as they are; pass weights=Integers()")
-        return self.weights.encode(_rows_short(as_compute(weight)))
+        return self.weights.encode(rows_short(as_compute(weight)))
 
     def _stored(self, basis: Array) -> State:
         if self.bases is None:
@@ -173,17 +173,7 @@ class QGaLore(GaLore):
     def _kept(self, new: Array, weight: Array, state: State) -> Array:
         if self.weights is None:
             return super()._kept(new, weight, state)
-        rows = _rows_short(new)
+        rows = rows_short(new)
         keys = self.seed, state["index"], state["step"]
         noise = uniform_at(tuple(rows.shape[-2:]), *keys, like=rows)
-        return rounded(_turned_like(self.weights.round(rows, noise=noise), new), weight)
-
-
-def _rows_short(x: Array) -> Array:
-    """``x`` or its transpose, whose rows lie along the shorter side, which shards leave whole."""
-    return x.mT if x.shape[-2] < x.shape[-1] else x
-
-
-def _turned_like(x: Array, like: Array) -> Array:
-    """The inverse of :func:`_rows_short`."""
-    return x.mT if like.shape[-2] < like.shape[-1] else x
+        return rounded(turned_like(self.weights.round(rows, noise=noise), new.shape), weight)
