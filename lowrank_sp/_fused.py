@@ -10,6 +10,8 @@ code: a compiler left alone reaches half of its speed. docs/benchmarks.md has th
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from threading import Lock
 from typing import Any
 
@@ -271,4 +273,18 @@ class _BlasOnOneThread:
                 self._limit.restore_original_limits()
 
 
+def _start_threads() -> None:
+    """Start the threads of numba, and leave the number of OpenMP's threads as it was.
+
+    The OpenMP layer of numba sets it to all cores as it starts, whatever ``OMP_NUM_THREADS`` says,
+    and PyTorch, imported after that, would take it from there.
+    """
+    with suppress(ImportError):  # there is no such layer everywhere
+        import_module("numba.np.ufunc.omppool")
+    before = ThreadpoolController().limit()
+    nb.get_num_threads()
+    before.restore_original_limits()
+
+
+_start_threads()
 blas_on_one_thread = _BlasOnOneThread()

@@ -1,5 +1,9 @@
 """The compiled product against plain matrix products."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from cases import gaussian
@@ -93,3 +97,23 @@ def test_large_arrays_take_it(dtype, shape, order, monkeypatch):
             assert_same_product(dense @ x, y)
             assert_same_product(dense.T @ (dense @ x), z)
             assert_same_product(dense.T @ y, operator.rmatmul(y))
+
+
+def test_the_number_of_threads_of_other_libraries_stays():
+    """PyTorch takes it from OpenMP, whose number the threads of numba would have changed."""
+    program = """
+import numpy as np
+from lowrank_sp import _fused
+_fused.normal(np.ones((300, 200)), np.ones((200, 4)))
+import torch
+print(torch.get_num_threads())
+"""
+    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **threads},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == ["1"]
