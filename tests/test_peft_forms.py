@@ -1,5 +1,6 @@
 """Round trips through files with PEFT itself, for every method that has a form here."""
 
+import copy
 import json
 import pickle
 from collections.abc import Callable
@@ -321,6 +322,18 @@ def test_files_of_peft_give_its_updates(case, saved, checkpoint):
     for name, form in adapter.layers.items():
         weight = checkpoint.tensors[f"{name}.weight"].read()
         assert_close(dense(form), expected[name], np.linalg.norm(weight))
+
+
+def test_merging_is_that_of_peft(case, saved, checkpoint):
+    model, folder = saved
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    for name, form in read_adapter(folder, model=checkpoint, svd=svd).layers.items():
+        # That of the model, of which KaSA has cut a part.
+        weight = model.base_model.model.get_submodule(name).base_layer.weight.detach().numpy()
+        theirs = merged[f"{name}.weight"].numpy()
+        if case.linear is transposed:
+            weight, theirs = weight.T, theirs.T
+        assert_close(form.merge(weight), theirs)
 
 
 def test_files_written_here_load_in_peft(case, saved, checkpoint, inputs, tmp_path):
