@@ -255,6 +255,18 @@ def placed(values: Array, places: Array, size: int) -> Array:
     return xp.where(xp.take(places, found) == every, xp.take(values, found), zeros)
 
 
+def with_rows_added(total: Array, start: int, rows: Array) -> Array:
+    """``total`` with ``rows`` added to its own from ``start`` on; written to where that can be.
+
+    The standard has assignment, but JAX does not.
+    """
+    where = slice(start, start + rows.shape[0])
+    if compat.is_jax_array(total):
+        return total.at[where, :].add(rows)
+    total[where, :] += rows
+    return total
+
+
 def inner(x: Array, y: Array) -> Array:
     """``x^H y`` of two blocks of columns, accumulated in float64.
 

@@ -714,6 +714,17 @@ def test_reduced_intruders(xp):
     close(reduce_intruders(delta, found, keep=1.0), b @ a, np.float64)
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3)])
+def test_intruders_of_updates_of_more_terms_than_sides(shape):
+    weight, delta = gaussian(*shape), other(ranks=(5,), shape=shape)
+    found = intruders(weight, delta, lr.truncated_svd(weight), rank=2, threshold=0.99)
+    reduced = reduce_intruders(delta, found, keep=0.5)
+    triplets = found.certain
+    u, s, vh = (part for part in found.merged)
+    expected = wide(delta) - 0.5 * (u[:, triplets] * s[triplets]) @ vh[triplets]
+    close(wide(reduced), expected, np.float64)
+
+
 def test_directions(xp):
     factors = pairs()
     one, two = updates(factors, xp.asarray)[:2]

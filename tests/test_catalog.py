@@ -143,6 +143,10 @@ def test_arguments_that_a_row_cannot_use_are_refused():
         variant("loretta").start(WEIGHTS[0], 2, options={"order": 2})
     with pytest.raises(ValueError, match="did you mean one of"):
         variant("lorra")
+    with pytest.raises(TypeError, match=r"LoTR makes one form of many layers.* or \[weight\]"):
+        variant("lotr").start(WEIGHTS[0], 2)
+    with pytest.raises(TypeError, match="DoRA makes a form of one weight, got a list of 4"):
+        variant("dora").start(WEIGHTS, 2)
 
 
 def test_the_tables_of_the_guide_are_those_of_the_catalog():

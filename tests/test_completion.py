@@ -319,6 +319,19 @@ def test_too_few_entries_for_the_rank(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_matrices_are_no_entries(name):
+    with pytest.raises(TypeError, match=r"must be Entries, got ndarray; Entries\.from_nan"):
+        SOLVERS[name].solver(np.eye(5), rank=2, **SOLVERS[name].options)
+
+
+def test_choices_are_made_of_entries():
+    with pytest.raises(TypeError, match="must be Entries, got ndarray"):
+        completion.select_rank(np.eye(5), [1, 2])
+    with pytest.raises(TypeError, match="must be Entries, got ndarray"):
+        completion.soft_impute_path(np.eye(5), rank=2, regularizations=[0.5])
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_bad_rank_and_start(name):
     entries = problem(5.0).entries
     with pytest.raises(ValueError, match=r"rank must be in 1\.\.40"):

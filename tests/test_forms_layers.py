@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from cases import gaussian
 from form_cases import random_values
 from form_cases_layers import ATTENTION, LAYERED, MLP, OUT_HEADS, PAIRS, SLOTS, weights_of
 from form_laws import (
@@ -306,6 +307,9 @@ ERRORS = {
     "too few indices": (lambda: LayerGrid.indexed([(2, 2)] * 2, [(0,)]), "as many indices"),
     "equal indices": (lambda: LayerGrid.indexed([(2, 2)] * 2, [(0,), (0,)]), "different tuples"),
     "blocks without index": (lambda: LayerGrid((2, 2), ((4, 2),), (((0,),),)), "2 x 1 blocks"),
+    "one weight": (lambda: LayerGrid.numbered(np.eye(3)), "a sequence of arrays .* one array"),
+    "lists": (lambda: forms.Tied.create([[[1.0]]], 1), "a sequence of arrays .* list in it"),
+    "names": (lambda: LayerGrid.from_names({"head": (2, 2)}), "'head' is the number of a layer"),
     "other shapes": (lambda: forms.SharedTT.create(MLP, 2, grid=OUT_HEADS), "the grid is for"),
     "rank": (lambda: forms.SharedCP.create(MLP, 17), r"rank must be in 1\.\.16"),
     "number of bonds": (lambda: forms.SharedTT.create(MLP, (2, 2, 2)), "one number or 2"),
@@ -322,6 +326,51 @@ ERRORS = {
     "one axis": (lambda: forms.PairGates.create((12, 8), axes=(12,)), "two axes"),
     "order": (lambda: forms.factorized(12, 0), "at least 1"),
 }
+
+
+def test_names_say_where_weights_stand():
+    shapes = {
+        "model.layers.10.attn.q": (8, 8),
+        "model.layers.2.attn.q": (8, 8),
+        "model.layers.2.mlp": (16, 8),
+        "model.layers.10.mlp": (16, 8),
+    }
+    named = LayerGrid.from_names(shapes, block=(8, 8))
+    places = [(1, 0), (0, 0), (0, 1), (1, 1)]
+    assert named == LayerGrid.indexed(list(shapes.values()), places, block=(8, 8))
+    # The first number is that of the layer, others belong to the type.
+    shards = dict.fromkeys(["h.0.e.0", "h.0.e.1", "h.1.e.0", "h.1.e.1"], (4, 4))
+    assert LayerGrid.from_names(shards).sizes == (2, 2)
+
+
+SIZED = {
+    "tt": forms.fit_shared_tt,
+    "cp": forms.fit_shared_cp,
+    "tucker": forms.fit_shared_tucker,
+}
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("grid", [None, PAIRS])
+@pytest.mark.parametrize("name", SIZED)
+def test_updates_of_any_size_are_fitted_alike(name, grid, size):
+    # Squares of norms like these are not numbers of single precision.
+    power = 2.0 ** round(np.log2(size) / 2)
+    shapes = [(9, 6)] * 4 if grid is None else grid.shapes
+    factors = [
+        (gaussian(m, 2, seed=k, dtype=np.float32), gaussian(2, n, seed=k + 9, dtype=np.float32))
+        for k, (m, n) in enumerate(shapes)
+    ]
+    errors = []
+    for factor in (1.0, power):
+        deltas = [LowRank(*(part * np.float32(factor) for part in pair)) for pair in factors]
+        form, error = SIZED[name](deltas, 3, grid=grid, rng=0).value
+        layers = [form.layer(k).delta().to_dense().astype(float) for k in range(len(deltas))]
+        given = [left.astype(float) @ right * factor**2 for left, right in factors]
+        rest = math.hypot(*(np.linalg.norm(x - y) for x, y in zip(layers, given, strict=True)))
+        assert error == pytest.approx(rest, rel=1e-3)
+        errors.append(error / factor**2)
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -375,6 +375,36 @@ def test_lora_xs_starts_in_the_principal_subspaces():
         forms.FixedSides.create((M, N), R)
 
 
+@pytest.mark.parametrize(
+    "create",
+    [
+        forms.RowMagnitude.create,
+        forms.BothMagnitudes.create,
+        forms.HadamardWeight.create,
+        forms.SpectralShift.create,
+    ],
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(create, bad):
+    weight = weight_of()
+    weight[-1, 0] = bad
+    with pytest.raises(ValueError, match="finite"):
+        create(weight, 2)
+
+
+@pytest.mark.parametrize("create", [forms.Product.create, forms.RowMagnitude.create])
+def test_lists_are_no_weights(create):
+    with pytest.raises(TypeError, match="weight must be an array, got list"):
+        create([[1.0, 2.0], [3.0, 4.0]], 1)
+    with pytest.raises(TypeError, match="up of Product must be an array, got list"):
+        forms.Product([[1.0]], np.ones((1, 1)))
+
+
+def test_kasa_needs_a_triplet_to_keep():
+    with pytest.raises(ValueError, match="a weight of shape 1 x 5 has one singular triplet"):
+        forms.DiagonalCore.beside_truncated(np.ones((1, 5)), 1)
+
+
 def test_lora_sb_moves_by_the_projected_gradient():
     weight, gradient = weight_of(), weight_of(seed=8)
     form = forms.FixedSides.along_gradient(weight, R, gradient=gradient, step=0.1, rng=0)

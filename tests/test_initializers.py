@@ -638,6 +638,25 @@ def test_size_of_the_second_moment_is_a_gauge():
         assert_same_product(one.delta(), other.delta(), tol=1e-10)
 
 
+@pytest.mark.parametrize("function", [corda_ipm, corda_kpm, weighted])
+@pytest.mark.parametrize(("size", "moment"), [(1e-18, 1e-20), (1e-30, 1e-36), (1e18, 1e20)])
+def test_sizes_of_weights_and_second_moments_do_not_matter(function, size, moment):
+    # Their product is not a number of single precision.
+    w = weight(np.float32)
+    c = data_for("second_moment", w).astype(np.float32)
+    one = function(w, RANK, second_moment=c, rng=0)
+    power, factor = (np.float32(2.0 ** round(math.log2(x))) for x in (size, moment))
+    with np.errstate(over="ignore"):  # in the singular values, which are beyond the range
+        other = function(power * w, RANK, second_moment=factor * c, rng=0)
+    tol = 1e4 * UNIT["float32"]
+    np.testing.assert_allclose(
+        wide(other.residual) / float(power), wide(one.residual), atol=tol * abs(w).max()
+    )
+    if function is weighted:
+        expected = one.error * float(power) * float(factor) ** 0.5
+        assert other.error == pytest.approx(expected, rel=tol)
+
+
 def test_corda_survives_a_singular_second_moment(xp):
     w = weight()
     x = spread(N, N)[:8]

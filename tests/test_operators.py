@@ -222,6 +222,11 @@ def test_nothing_is_made_dense():
     assert_same_product(x, difference @ x, tol=100 * np.finfo(REAL).eps * n)
 
 
+MASKED = np.ma.masked_array(np.eye(3), mask=np.eye(3) > 0)
+EYE = dask.array.eye(6, chunks=3)
+UNKNOWN = EYE[EYE[:, 0] < 1]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -258,6 +263,10 @@ def test_nothing_is_made_dense():
         (lambda: lr.as_operator(np.ones((3, 2))) + 1.0, TypeError, "unsupported operand"),
         (lambda: lr.as_operator(np.ones((3, 2))) * np.ones(2), TypeError, "operand"),
         (lambda: lr.as_operator(np.array([["a"]])), TypeError, "dtype must be floating"),
+        (lambda: lr.as_operator(UNKNOWN), ValueError, r"compute_chunk_sizes\(\) on it first"),
+        (lambda: lr.as_operator(MASKED), TypeError, r"Entries.from_mask\(a.data, ~a.mask\)"),
+        (lambda: lr.truncated_svd(MASKED, 1), TypeError, "what is under the mask would count"),
+        (lambda: lr.truncated_svd(torch.eye(3).to_sparse(), 1), TypeError, r"use to_dense\(\)"),
     ],
 )
 def test_refusals(call, error, text):

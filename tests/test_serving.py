@@ -442,6 +442,28 @@ def test_what_compression_refuses():
         jd_clustered(pairs, rank=2, clusters=2, init=[0] * 12)
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("size", [1e-26, 1e-18, 1e17, 1e26])
+def test_adapters_of_any_size_are_compressed_alike(name, normalize, size):
+    # Squares of norms like these are not numbers of single precision.
+    pairs = related(dtype=np.float32, count=6)
+    power = 2.0 ** round(np.log2(size) / 2)
+    power = np.float32(power)
+    scaled = [Product(p.up * power, p.down * power, p.scale) for p in pairs]
+    options = {"rank": 3, "rng": 0, "normalize": normalize}
+    one, other = (SOLVERS[name](some, **options).value for some in (pairs, scaled))
+    np.testing.assert_allclose(
+        np.array(other.norms), np.array(one.norms) * float(power) ** 2, rtol=1e-6
+    )
+    np.testing.assert_allclose(other.relative_errors, one.relative_errors, rtol=1e-3)
+    for k, pair in enumerate(scaled):
+        wide = pair.scale * LowRank(pair.up.astype(float), pair.down.astype(float))
+        found = other.adapter(k)
+        rest = wide - LowRank(found.left.astype(float), found.right.astype(float))
+        assert abs(other.errors[k] - rest.norm()) <= 1e-5 * wide.norm()
+
+
 def test_low_rank_updates_are_adapters_too():
     pairs = related()
     plain = [LowRank(p.scale * p.up, p.down) for p in pairs]

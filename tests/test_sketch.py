@@ -51,6 +51,22 @@ def test_updates_add_up(dtype):
     assert_same_product(stream(a).svd(), s.svd(), tol=1e5 * np.finfo(dtype).eps)
 
 
+def test_blocks_of_higher_precision_keep_theirs():
+    a = noisy()
+    s = lr.StreamingSVD(a.shape, RANK, rng=0)
+    s.update(0, a[:60].astype(np.float32))
+    s.update(60, a[60:])
+    assert all(sketch.dtype == np.float64 for sketch in s._sketches)
+
+
+def test_updates_do_not_copy_the_sketch_of_all_rows():
+    s = lr.StreamingSVD((1000, N), RANK, rng=0)
+    s.update(0, gaussian(10, N))
+    range_ = s._sketches[1]
+    s.update(500, gaussian(10, N))
+    assert s._sketches[1] is range_
+
+
 def test_merge_equals_one_pass():
     a = noisy()
     parts = [lr.StreamingSVD(a.shape, RANK, rng=0) for _ in range(3)]

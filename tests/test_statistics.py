@@ -281,6 +281,14 @@ def test_shares_of_tiny_inputs():
     np.testing.assert_allclose(tiny.explained, known.explained, rtol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_shares_survive_storage(size):
+    x = np.array([[1.0, 0.0], [3.0, 0.1], [5.0, 0.0]], np.float32)
+    statistic = InputPCA.of(np.float32(size) * x, 2, rng=0)
+    stored = InputPCA.from_arrays(statistic.arrays())
+    np.testing.assert_array_equal(stored.explained, statistic.explained)
+
+
 def test_many_samples_are_counted():
     statistic = MeanSquare(np.ones(3), 3 * 10**9)
     assert MeanSquare.from_arrays(statistic.arrays()).count == 3 * 10**9

@@ -308,3 +308,11 @@ def test_streams_merge():
 def test_bad_streams(call, text):
     with pytest.raises(ValueError, match=text):
         call(StreamingTucker(SHAPE, 2, rng=0))
+
+
+@pytest.mark.parametrize(
+    "solver", [tensors.tucker_completion, tensors.tt_completion, tensors.cp_completion]
+)
+def test_tensors_are_no_entries(solver):
+    with pytest.raises(TypeError, match="must be TensorEntries, got ndarray"):
+        solver(np.ones((3, 3, 3)), rank=1)

@@ -25,6 +25,15 @@ from lowrank_sp.inverse.pattern import Identifiability, Pattern
 from lowrank_sp.operators import LinearOperator
 
 
+def check_entries(entries: Any) -> None:
+    """Raise unless they are :class:`Entries`."""
+    if not isinstance(entries, Entries):
+        raise TypeError(
+            f"entries must be Entries, got {type(entries).__name__}; Entries.from_nan, "
+            "Entries.from_mask and Entries.from_sparse make them of matrices"
+        )
+
+
 class Entries(LinearOperator):
     r"""Entries of an ``m x n`` matrix that were observed, and the sparse matrix of them.
 

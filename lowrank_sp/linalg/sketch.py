@@ -12,6 +12,7 @@ from lowrank_sp._arrays import (
     Array,
     adjoint,
     as_compute,
+    detached,
     device,
     eps,
     frobenius,
@@ -21,6 +22,7 @@ from lowrank_sp._arrays import (
     namespace,
     standard_normal,
     to_host,
+    with_rows_added,
 )
 from lowrank_sp.factors import SVD, LowRank, check_rank
 from lowrank_sp.linalg.basis import NOT_FINITE, check_oversampling
@@ -85,24 +87,18 @@ class StreamingSVD:
         stop = start_row + block.shape[0]
         if not 0 <= start_row <= stop <= m:
             raise ValueError(f"rows must lie in 0..{m}, got {start_row}..{stop}")
-        block = as_compute(block)
+        block = as_compute(detached(block))
         if not math.isfinite(max_abs(block)):
             raise ValueError(f"a block must be finite, got NaN or inf in rows {start_row}..{stop}")
         rows = slice(start_row, stop)
         corange, range_, core, test = self._sketches or self._empty(block)
         xp = namespace(block, range_)
+        range_ = xp.astype(range_, xp.result_type(range_, block), copy=False)
         part = self._core_left.columns(rows, block) @ block
-        range_ = xp.concat(
-            [
-                range_[:start_row, :],
-                range_[rows, :] + block @ self._right.columns(slice(0, n), block).mT,
-                range_[stop:, :],
-            ],
-            axis=0,
-        )
+        seen = block @ self._right.columns(slice(0, n), block).mT
         self._sketches = (
             corange + self._left.columns(rows, block) @ block,
-            range_,
+            with_rows_added(range_, start_row, seen),
             core + part @ self._core_right.columns(slice(0, n), block).mT,
             test + from_host(self._test[:, rows], block, block.dtype) @ block,
         )

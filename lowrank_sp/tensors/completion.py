@@ -22,7 +22,7 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.svd import randomized_svd
-from lowrank_sp.tensors.entries import TensorEntries
+from lowrank_sp.tensors.entries import TensorEntries, check_entries
 from lowrank_sp.tensors.factored import moved, on_host
 from lowrank_sp.tensors.hosvd import st_hosvd
 from lowrank_sp.tensors.modes import multi_mode_dot
@@ -209,6 +209,7 @@ def _prepared(
     entries: TensorEntries, rng: RNG
 ) -> tuple[Array, TensorEntries, float, np.random.Generator]:
     """The values as they came, the entries on the host, their norm, and a generator."""
+    check_entries(entries)
     values = on_host(entries.values)
     host = TensorEntries(entries.indices, values, entries.shape)
     return entries.values, host, host.norm(), np.random.default_rng(rng)

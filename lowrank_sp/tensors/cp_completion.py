@@ -25,7 +25,7 @@ from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.tensors.alternating import balanced, gram_of, moved, with_degeneracy
 from lowrank_sp.tensors.cp import CP
 from lowrank_sp.tensors.cp_start import given_factors, random_factors
-from lowrank_sp.tensors.entries import TensorEntries
+from lowrank_sp.tensors.entries import TensorEntries, check_entries
 from lowrank_sp.tensors.line_search import lowest, squares_along, times_line
 from lowrank_sp.tensors.ranks import cp_rank, scaled
 
@@ -103,6 +103,7 @@ def cp_completion(
     >>> bool((solution.value - truth).norm() < 1e-5 * truth.norm())
     True
     """
+    check_entries(entries)
     rank = cp_rank(rank, entries.shape)
     if entries.size == 0:
         raise ValueError("completion needs observed entries, got none")

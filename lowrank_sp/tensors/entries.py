@@ -44,6 +44,15 @@ class Bucket(NamedTuple):
     inside: Array  # (b, length, 1) one, and zero for padding
 
 
+def check_entries(entries: Any) -> None:
+    """Raise unless they are :class:`TensorEntries`."""
+    if not isinstance(entries, TensorEntries):
+        raise TypeError(
+            f"entries must be TensorEntries, got {type(entries).__name__}; TensorEntries.from_nan "
+            "and TensorEntries.from_mask make them of tensors"
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorEntries:
     """Entries of a tensor of shape ``(n_1, ..., n_N)`` that were observed.

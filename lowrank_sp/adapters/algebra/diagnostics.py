@@ -151,7 +151,7 @@ def reduce_intruders(
     if not 0 <= keep <= 1:
         raise ValueError(f"keep must be in [0, 1], got {keep}; it is the share that is kept")
     update = factored(delta)
-    rank = update.rank if rank is None and tol is None else rank
+    rank = min(update.rank, *update.shape) if rank is None and tol is None else rank
     indices = found.certain
     if indices and keep < 1:
         xp = namespace(found.merged.u)

@@ -138,6 +138,8 @@ class Variant:
         ValueError
             If an argument is given to a variant that has no use for it, or not given to one that
             cannot do without.
+        TypeError
+            If a layered variant is given one weight, or another one several.
 
         Examples
         --------
@@ -152,6 +154,7 @@ class Variant:
         ...
         ValueError: KRAdapter has no use for rank, got 2; leave it out
         """
+        self._check_weight(weight)
         if unknown := sorted(set(options or {}) - set(self.options)):
             raise ValueError(
                 f"{self.name} has the options {', '.join(self.options) or 'none'}, "
@@ -171,6 +174,21 @@ class Variant:
         if self.takes("rng"):
             arguments["rng"] = rng
         return _as_start(self.create(weight, **arguments), weight)
+
+    def _check_weight(self, weight: Any) -> None:
+        """Raise where one weight is given instead of many, or many instead of one."""
+        shape = isinstance(weight, tuple) and all(isinstance(size, int) for size in weight)
+        one = shape or not isinstance(weight, Sequence)
+        if one and self.layered:
+            raise TypeError(
+                f"{self.name} makes one form of many layers: give it a sequence of weights, "
+                f"or [weight] for a single one, got {'a shape' if shape else 'one weight'}"
+            )
+        if not one and not self.layered:
+            raise TypeError(
+                f"{self.name} makes a form of one weight, got a {type(weight).__name__} of "
+                f"{len(weight)}; start it for each of them"
+            )
 
     def _add(self, arguments: dict[str, Any], name: str, value: Any, *, wanted: bool) -> None:
         if wanted and value is None:

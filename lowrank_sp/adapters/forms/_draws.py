@@ -15,6 +15,7 @@ from lowrank_sp._arrays import (
     device,
     dtype_name,
     from_host,
+    is_array,
     is_inexact,
     namespace,
 )
@@ -29,6 +30,7 @@ def template(weight: Like) -> tuple[tuple[int, int], Array]:
     if isinstance(weight, tuple):
         shape, like = weight, np.empty((0, 0))
     else:
+        check_array(weight)
         shape, like = tuple(weight.shape), weight
         if not is_inexact(weight.dtype):
             raise TypeError(
@@ -37,6 +39,15 @@ def template(weight: Like) -> tuple[tuple[int, int], Array]:
     if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"weight must be a matrix, got shape {shape}")
     return shape, as_compute(like[:0, :0])
+
+
+def check_array(weight: Any) -> None:
+    """Raise unless a weight is an array."""
+    if not is_array(weight):
+        raise TypeError(
+            f"weight must be an array, got {type(weight).__name__}; convert it first, for example "
+            "with numpy.asarray"
+        )
 
 
 def factor_scale(

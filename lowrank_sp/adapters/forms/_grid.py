@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from lowrank_sp._arrays import Array, namespace
+from lowrank_sp._arrays import Array, is_array, namespace
 from lowrank_sp.adapters.forms._draws import Like, template
 
 #: Position of one block along every axis of a core tensor.
@@ -111,6 +111,43 @@ class LayerGrid:
         ]
         return cls(block, tuple(shapes), tuple(parts))
 
+    @classmethod
+    def from_names(
+        cls, weights: Mapping[str, Like], block: tuple[int, int] | None = None
+    ) -> LayerGrid:
+        """The weights of a model, on the axes ``(layer, type)`` that their names tell.
+
+        The first number between the dots of a name is its layer, the rest of it its type. Both are
+        numbered: layers as they are ordered, types as they come.
+
+        Parameters
+        ----------
+        weights : mapping from str to array or shape
+        block : (int, int), optional
+            As in :meth:`indexed`.
+
+        Examples
+        --------
+        >>> names = ["model.3.attn.q", "model.3.attn.v", "model.7.attn.q", "model.7.attn.v"]
+        >>> LayerGrid.from_names(dict.fromkeys(names, (8, 8))).indices
+        (((0, 0),), ((0, 1),), ((1, 0),), ((1, 1),))
+        """
+        found = []
+        for name in weights:
+            parts = name.split(".")
+            numbers = [k for k, part in enumerate(parts) if part.isdecimal()]
+            if not numbers:
+                raise ValueError(
+                    f"no part of the name {name!r} is the number of a layer; say where the weights "
+                    "stand by LayerGrid.indexed"
+                )
+            at = numbers[0]
+            found.append((int(parts[at]), (*parts[:at], *parts[at + 1 :])))
+        layers = sorted({layer for layer, _ in found})
+        types = list(dict.fromkeys(kind for _, kind in found))
+        places = [(layers.index(layer), types.index(kind)) for layer, kind in found]
+        return cls.indexed(list(weights.values()), places, block)
+
     def counts(self, layer: int) -> tuple[int, int]:
         """``(a, b)``: numbers of rows and columns of blocks of a weight."""
         return _counts(self.shapes[layer], self.block)
@@ -141,6 +178,13 @@ def gathered(a: Array, positions: Sequence[int]) -> Array:
 
 def shapes_of(weights: Sequence[Like]) -> list[tuple[int, int]]:
     """Shapes of weights, of which some may be given by their shapes."""
+    every = [weights] if is_array(weights) else weights
+    wrong = [w for w in every if not (isinstance(w, tuple) or hasattr(w, "shape"))]
+    if every is not weights or wrong:
+        kind = f"{type(wrong[0]).__name__} in it" if wrong else "one array"
+        raise TypeError(
+            f"weights must be a sequence of arrays or of shapes, one for each layer, got {kind}"
+        )
     if not weights:
         raise ValueError("at least one weight is needed, got none")
     return [tuple(w if isinstance(w, tuple) else w.shape) for w in weights]

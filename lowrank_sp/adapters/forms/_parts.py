@@ -92,6 +92,10 @@ class Parts:
             value = getattr(self, name)
             if value is None or isinstance(value, tuple) or letters == "...":
                 continue
+            if not hasattr(value, "shape"):
+                raise TypeError(
+                    f"{name} of {type(self).__name__} must be an array, got {type(value).__name__}"
+                )
             wanted, shape = letters.split(), tuple(value.shape)
             if len(shape) != len(wanted):
                 raise ValueError(

@@ -8,7 +8,16 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from lowrank_sp._arrays import RNG, Array, as_compute, device, namespace
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    as_compute,
+    compute_dtype,
+    device,
+    namespace,
+    power_of_two,
+    wide_dtype,
+)
 from lowrank_sp.adapters.forms._form import Fit
 from lowrank_sp.adapters.forms._grid import LayerGrid, shapes_of
 from lowrank_sp.adapters.forms.shared_core import SharedCore
@@ -85,9 +94,9 @@ def fit_shared_tt(
     single = len(grid.sizes) == 1
     wider = 1 if single else _WIDER
     solution = _compressed(deltas, grid, (bonds[0], bonds[-1]), wider, rng, stop)
-    tensor, left, right = solution.value
+    tensor, left, right, size = solution.value
     if single:
-        form = SharedTT(left, right.mT, grid, 1.0, (tensor,))
+        form = SharedTT(left, right.mT, grid, 1.0, (tensor * size,))
     else:
         order = tensor.ndim
         axes = (order - 2, *range(order - 2), order - 1)
@@ -95,6 +104,7 @@ def fit_shared_tt(
         most = tt_rank(None, train.shape)[1:-1]
         ranks = (1, *map(min, bonds, most), 1)
         form = _of_train(tt_svd(train, ranks), grid, 1.0, left, right.mT)
+        form = form.replace({"cores.0": form.cores[0] * size})
     return replace(solution, value=Fit(form, _distance(form, deltas)))
 
 
@@ -134,10 +144,10 @@ def fit_shared_cp(
     """
     grid = _checked(deltas, grid)
     rank = check_rank(rank, max(grid.block), grid.block)
-    tensor, left, right = _compressed(deltas, grid, (rank, rank), _WIDER, rng, Stop()).value
+    tensor, left, right, size = _compressed(deltas, grid, (rank, rank), _WIDER, rng, Stop()).value
     solution = cp_als(tensor, rank=rank, rng=rng, stop=stop)
     weights, (*factors, up, down) = solution.value
-    root = namespace(weights).astype(weights**0.5, up.dtype)
+    root = namespace(weights).astype(weights**0.5 * size**0.5, up.dtype)
     up, down = left @ (up * root), right @ (down * root)
     form = SharedCP(up, down.mT, grid, 1.0, tuple(factors))
     return replace(solution, value=Fit(form, _distance(form, deltas)))
@@ -179,11 +189,12 @@ def fit_shared_tucker(
     """
     grid = _checked(deltas, grid)
     ranks = tucker_rank(rank, (*grid.sizes, *grid.block))
-    tensor, left, right = _compressed(deltas, grid, ranks[-2:], _WIDER, rng, Stop()).value
+    tensor, left, right, size = _compressed(deltas, grid, ranks[-2:], _WIDER, rng, Stop()).value
     inner = tuple(map(min, ranks, tensor.shape))
     solution = hooi(tensor, rank=inner, rng=rng, stop=stop)
     core, (*factors, up, down) = solution.value
-    form = SharedTucker(left @ up, (right @ down).mT, grid, 1.0, core, tuple(factors))
+    up, down = left @ up, right @ down
+    form = SharedTucker(up, down.mT, grid, 1.0, core * size, tuple(factors))
     return replace(solution, value=Fit(form, _distance(form, deltas)))
 
 
@@ -202,8 +213,8 @@ def truncate_shared_tt(
     rank : int, or K + 1 ints, optional
         Largest sizes of the bonds.
     tol : float, optional
-        Instead: the error of the tensor of all layers is at most this part of its norm. With
-        neither, only what is superfluous is removed.
+        Instead: the error of the tensor is at most this part of its norm, both with the positions
+        of the grid that no layer has. With neither, only what is superfluous is removed.
 
     Returns
     -------
@@ -237,7 +248,7 @@ def truncate_shared_tucker(
     rank : int, or K + 2 ints, optional
         Shape of the core, as :func:`~lowrank_sp.tensors.ranks.tucker_rank` reads it.
     tol : float, optional
-        Instead: the error of the tensor of all layers is at most this part of its norm.
+        Instead: the error of the tensor is at most this part of its norm, as there.
 
     Returns
     -------
@@ -276,17 +287,19 @@ def _compressed(
     rng: RNG,
     stop: Stop,
 ) -> Solution:
-    """Orthonormal factors of all blocks, and the tensor of their cores: ``(tensor, left, right)``.
+    """Factors of all blocks and the tensor of their cores: ``(tensor, left, right, size)``.
 
-    The factors are ``wider`` than the rank, as far as the blocks can use it.
+    The factors are orthonormal, and ``wider`` than the rank, as far as the blocks can use it. The
+    tensor is to be multiplied by ``size``, a power of two: it is of about one itself, so that
+    squares of its entries do not leave the range of the dtype.
     """
-    blocks = _blocks(deltas, grid)
+    blocks, size = _of_unit_size(_blocks(deltas, grid))
     total = sum(block.rank for block in blocks)
     sides = [min(n, max(r, min(wider * r, total))) for r, n in zip(rank, grid.block, strict=True)]
     solution = joint_svd(blocks, rank=tuple(sides), rng=rng, stop=stop)
     core, (_, left, right) = solution.value
     tensor = namespace(core).reshape(core, (*grid.sizes, *core.shape[1:]))
-    return replace(solution, value=(tensor, left, right))
+    return replace(solution, value=(tensor, left, right, size))
 
 
 def _blocks(deltas: Sequence[Factored], grid: LayerGrid) -> list[LowRank]:
@@ -302,6 +315,17 @@ def _blocks(deltas: Sequence[Factored], grid: LayerGrid) -> list[LowRank]:
     some = next(iter(found.values()))
     empty = LowRank(some.left[:, :1] * 0.0, some.right[:1, :] * 0.0)
     return [found.get(index, empty) for index in product(*map(range, grid.sizes))]
+
+
+def _of_unit_size(blocks: Sequence[LowRank]) -> tuple[list[LowRank], float]:
+    """The blocks over a power of two which makes the largest one about one, and that."""
+    powers = [[power_of_two(part) for part in block.factors()] for block in blocks]
+    size = max(map(math.prod, powers)) or 1.0
+    unit = [
+        LowRank(block.left / left * (left * right / size), block.right / right)
+        for block, (left, right) in zip(blocks, powers, strict=True)
+    ]
+    return unit, size
 
 
 def _padded(part: Array, size: int, axis: int) -> Array:
@@ -328,9 +352,14 @@ def _of_train(
 def _distance(form: SharedCore, deltas: Sequence[Factored]) -> float:
     """Frobenius norm of the layers of a form minus some updates, all together."""
     pairs = zip(_deltas(form), deltas, strict=True)
-    return math.hypot(
-        *(float((x - LowRank(*map(as_compute, y.factors()))).norm()) for x, y in pairs)
-    )
+    # In double precision, for terms of a CP decomposition may be large and cancel.
+    return math.hypot(*(float((_wide(x) - _wide(y)).norm()) for x, y in pairs))
+
+
+def _wide(delta: Factored) -> LowRank:
+    xp = namespace(delta.like)
+    dtype = wide_dtype(xp, compute_dtype(xp, delta.dtype))
+    return LowRank(*(xp.astype(part, dtype) for part in delta.factors()))
 
 
 def _deltas(form: SharedCore) -> list[LowRank]:

@@ -14,6 +14,7 @@ from lowrank_sp._arrays import (
     eps,
     max_abs,
     namespace,
+    power_of_two,
 )
 from lowrank_sp.adapters.initializers._start import (
     Initialization,
@@ -124,9 +125,10 @@ def weighted(
     wide = as_compute(detached(weight))
     xp = namespace(wide, root)
     check_finite(wide)
-    approximation, error = projected(wide, wide @ xp.astype(root, wide.dtype), rank, rng)
+    size = power_of_two(root)
+    approximation, error = projected(wide, wide @ xp.astype(root / size, wide.dtype), rank, rng)
     up, down = divided(balance(*approximation.factors()), scale, dtype)
-    return compensated(weight, up, down, scale, error=error)
+    return compensated(weight, up, down, scale, error=error * size)
 
 
 def corda_ipm(
@@ -165,8 +167,8 @@ def corda_ipm(
     The second form of ``A`` needs no inverse. ``O(m n^2)`` flops and one truncated SVD.
     """
     _, _, scale, dtype = checked(weight, rank, alpha, dtype)
-    image = _damped_image(weight, rank, second_moment, damping)
-    return _oriented(weight, truncated_svd(image, rank, rng=rng), scale, dtype)
+    image, size = _damped_image(weight, rank, second_moment, damping)
+    return _oriented(weight, truncated_svd(image, rank, rng=rng), size, scale, dtype)
 
 
 def corda_kpm(
@@ -186,30 +188,34 @@ def corda_kpm(
     """
     del rng
     _, _, scale, dtype = checked(weight, rank, alpha, dtype)
-    image = _damped_image(weight, rank, second_moment, damping)
-    return _oriented(weight, minor_svd(image, rank), scale, dtype)
+    image, size = _damped_image(weight, rank, second_moment, damping)
+    return _oriented(weight, minor_svd(image, rank), size, scale, dtype)
 
 
-def _damped_image(weight: Array, rank: int, c: Array, damping: float) -> Array:
-    """``W C_d``."""
+def _damped_image(weight: Array, rank: int, c: Array, damping: float) -> tuple[Array, float]:
+    """``W C_d`` over a number by which ``C`` is about one, and that."""
     c = detached(c)
     check_covariance(c, weight.shape[1], name="second_moment", least=rank)
+    c = as_compute(c)
+    size = power_of_two(c)
+    c = c / size
     if not 0 < damping < math.inf:
         raise ValueError(f"damping must be positive and finite, got {damping}")
     wide = as_compute(detached(weight))
     xp = namespace(wide, c)
     shift = damping * complex(xp.linalg.trace(c)).real / c.shape[0]
-    return wide @ xp.astype(c, wide.dtype) + shift * wide
+    return wide @ xp.astype(c, wide.dtype) + shift * wide, size
 
 
-def _oriented(weight: Array, f: SVD, scale: float, dtype: Any) -> Initialization:
-    """Factors of ``u u^H W``, whose sizes the singular values share out."""
+def _oriented(weight: Array, f: SVD, size: float, scale: float, dtype: Any) -> Initialization:
+    """Factors of ``u u^H W``, whose sizes the singular values, times ``size``, share out."""
     xp = namespace(weight)
     largest = float(xp.max(f.s))
     # Any gauge will do where a singular value is rounding.
     floor = max(f.shape) * eps(f.s.dtype) * largest or 1.0
-    size = xp.where(f.s > floor, f.s, xp.full_like(f.s, floor)) ** 0.5
-    size = xp.astype(size, f.u.dtype)
-    up = f.u * size * scale**-0.5
-    down = (adjoint(f.u) @ as_compute(detached(weight))) / size[:, None] * scale**-0.5
+    root = xp.where(f.s > floor, f.s, xp.full_like(f.s, floor)) ** 0.5 * size**0.5
+    root = xp.astype(root, f.u.dtype)
+    up = f.u * root * scale**-0.5
+    down = (adjoint(f.u) @ as_compute(detached(weight))) / root[:, None] * scale**-0.5
+    f = SVD(f.u, f.s * size, f.vh, f.bounds * size)
     return compensated(weight, xp.astype(up, dtype), xp.astype(down, dtype), scale, f)

@@ -81,6 +81,7 @@ def olora(
     del rng
     _, _, scale, dtype = checked(weight, rank, alpha, dtype)
     xp = namespace(weight)
+    check_finite(weight)
     wide = as_compute(detached(weight))
     q, r = xp.linalg.qr(wide[:, :rank])
     diagonal = xp.linalg.diagonal(r)
@@ -89,7 +90,6 @@ def olora(
     size = xp.where(size > 0, xp.astype(size, r.dtype), one)
     up = q * xp.where(abs(diagonal) > 0, diagonal / size, one)
     down = adjoint(up) @ wide
-    check_finite(down)
     return compensated(weight, xp.astype(up, dtype), xp.astype(down, dtype), scale)
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank_sp._arrays import Array, device, from_host, namespace, to_host
+from lowrank_sp._arrays import Array, device, from_host, namespace, power_of_two, to_host
 from lowrank_sp.adapters._products import check_alike, products_of
+from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.serving.rows import assembled, host_ids, in_dtype_of, segments, take
 from lowrank_sp.factors import LowRank
 from lowrank_sp.tensors.alternating import moved
@@ -136,15 +137,18 @@ class Stack(NamedTuple):
     def of(cls, adapters: Sequence[Any], normalize: bool) -> Stack:
         pairs = products_of(list(adapters), "adapter")
         check_alike(pairs, "adapter", ("shape",))
-        w = stacked([p.scale * LowRank(on_host(p.up), on_host(p.down)) for p in pairs])
-        norms = to_host(w.norm()).astype(np.float64)
-        if not np.all(np.isfinite(norms)):
-            wrong = int(np.argmin(np.isfinite(norms)))
+        parts, sizes = zip(*map(_of_unit_size, pairs), strict=True)
+        w = stacked(parts)
+        norms = to_host(w.norm()).astype(np.float64) * sizes
+        representable = norms <= float(namespace(w.left).finfo(w.dtype).max)
+        if not np.all(representable):
+            wrong = int(np.argmin(representable))
             raise ValueError(
                 f"adapters must be finite, got NaN or infinite entries in adapter {wrong}"
             )
-        scales = np.where(norms > 0, norms, 1.0) if normalize else np.ones(len(pairs))
-        unit = LowRank(w.left / column(scales, w.left), w.right)
+        largest = np.max(norms) or 1.0
+        scales = np.where(norms > 0, norms, 1.0) if normalize else np.full(len(pairs), largest)
+        unit = LowRank(w.left * column(sizes / scales, w.left), w.right)
         return cls(unit, scales, norms, pairs[0].up)
 
     @property
@@ -191,6 +195,19 @@ class Stack(NamedTuple):
             tuple(errors.tolist()),
             tuple(self.norms.tolist()),
         )
+
+
+def _of_unit_size(product: Product) -> tuple[LowRank, float]:
+    """A product with factors of about one, and the number it is to be multiplied by.
+
+    Squares of norms in between would leave the range of single precision from 1e19 on, and from
+    1e-19 down.
+    """
+    sides = on_host(product.up), on_host(product.down)
+    powers = [power_of_two(side) for side in sides]
+    left, right = (side / power for side, power in zip(sides, powers, strict=True))
+    sign = float(np.sign(product.scale))
+    return LowRank(left * sign, right), abs(product.scale) * powers[0] * powers[1]
 
 
 def identity(size: int, like: Array) -> Array:

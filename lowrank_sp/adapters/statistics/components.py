@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowrank_sp._arrays import RNG, Array, adjoint, as_compute, device, frobenius, namespace
+from lowrank_sp._arrays import (
+    RNG,
+    Array,
+    adjoint,
+    as_compute,
+    device,
+    frobenius,
+    namespace,
+    wide_dtype,
+)
 from lowrank_sp.adapters.statistics.batches import as_array, samples
 from lowrank_sp.linalg.svd import truncated_svd
 
@@ -121,7 +130,9 @@ class InputPCA:
     def arrays(self) -> dict[str, Array]:
         """The parts by name, ``components`` first."""
         xp, like = namespace(self.mean), self.mean
-        energy = xp.asarray(self.energy, dtype=self.values.dtype, device=device(like))
+        # A sum of squares, which may leave the range of single precision.
+        wide = wide_dtype(xp, self.values.dtype)
+        energy = xp.asarray(self.energy, dtype=wide, device=device(like))
         return {
             "components": self.components,
             "component_values": self.values,

@@ -20,7 +20,7 @@ from lowrank_sp.inverse.completion.problem import (
     relative_change,
     spread,
 )
-from lowrank_sp.inverse.entries import Entries
+from lowrank_sp.inverse.entries import Entries, check_entries
 from lowrank_sp.iterate import Solution, Stop
 
 # Further columns with which a path tries the next threshold.
@@ -128,6 +128,7 @@ def soft_impute_path(
         regularizations = [0.8 * 0.01 ** (k / 14) for k in range(15)]
     if any(b >= a for a, b in pairwise(regularizations)):
         raise ValueError(f"regularizations must fall, got {list(regularizations)}")
+    check_entries(entries)
     shape = entries.pattern.shape
     rank = check_rank(rank, min(shape), shape)
     points: list[PathPoint] = []

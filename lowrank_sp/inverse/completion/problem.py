@@ -21,7 +21,7 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.factors import SVD, Factored, LowRank, check_rank
 from lowrank_sp.inverse._problem import fits, power_of_two, with_residual
-from lowrank_sp.inverse.entries import Entries
+from lowrank_sp.inverse.entries import Entries, check_entries
 from lowrank_sp.inverse.pattern import Identifiability, Pattern
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.svd import randomized_svd
@@ -96,6 +96,7 @@ class Problem:
         regularized : bool
             Whether the solution is unique as soon as every line has one entry.
         """
+        check_entries(entries)
         shape = entries.pattern.shape
         rank = check_rank(rank, min(shape), shape)
         rows, cols = entries.pattern.core(1 if regularized else rank, connected=not regularized)

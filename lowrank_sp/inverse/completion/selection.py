@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_sp._arrays import RNG
 from lowrank_sp.inverse.completion.alternating import als
-from lowrank_sp.inverse.entries import Entries
+from lowrank_sp.inverse.entries import Entries, check_entries
 from lowrank_sp.iterate import Solution, Stop
 
 Solver = Callable[[Entries, int, float], Solution]
@@ -90,6 +90,7 @@ def select_rank(
     >>> select_rank(p.entries, range(1, 7), rng=0).rank
     3
     """
+    check_entries(entries)
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
     if not ranks or not regularizations:
