@@ -1,101 +1,57 @@
 """Two real processes: sharded factors take the path that whole ones take in one process."""
 
 import math
-from datetime import timedelta
 from functools import partial
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_torch_optim import Adapter, Net, assert_same, optimizer_of, train
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from two_processes import gathered, resumed, run, sharded, train_sharded
 from update_cases import RULES
 
 from lowrank_sp.adapters import forms
 from lowrank_sp.torch import FactorOptimizer, ParameterPair, attach, attach_shared
 from lowrank_sp.updates import LoRARite, ScaledGD
 
-RANKS = 2
 #: By entries, by Grams, by frames and by polar factors.
 NAMES = ["AltLoRA+", "ScaledGD", "Riemannian, momentum", "LoRA-RITE", "LoRA-Muon"]
-WHOLE = StateDictOptions(full_state_dict=True)
 
 
-def sharded(mesh, seed=0):
-    """The model under FSDP2, which cuts seven rows and a rank of three unevenly."""
-    net = Net(seed)
-    for layer in net:
-        if isinstance(layer, Adapter):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    # Every rank sees its part of the data; FSDP2 takes the mean of their gradients.
-    net.rows = slice(mesh.get_local_rank(), None, RANKS)
-    return net
-
-
-def train_sharded(net, optimizer, steps):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        net.loss(net.rows).backward()
-        optimizer.step()
-    return net
-
-
-def gathered(net):
-    """A model of one process with the parameters of a sharded one."""
-    whole = Net()
-    with torch.no_grad():
-        for mine, theirs in zip(whole.parameters(), net.parameters(), strict=True):
-            assert isinstance(theirs, DTensor)
-            mine.copy_(theirs.full_tensor())
-    return whole
+def net_of(mesh, seed=0):
+    """Seven rows and a rank of three, which FSDP2 cuts unevenly."""
+    return sharded(Net(seed), mesh, Adapter)
 
 
 def paths_agree(mesh):
     for name in NAMES:
         rule = RULES[name]
-        net, expected = sharded(mesh), Net()
+        net, expected = net_of(mesh), Net()
         train_sharded(net, optimizer_of(net, rule), 3)
         train(expected, optimizer_of(expected, rule), 3)
-        assert_same(gathered(net), expected, what=name)
+        assert_same(gathered(Net(), net), expected, what=name)
 
 
 def resumed_run_agrees(mesh):
     rule = LoRARite(lr=0.05)
     expected = Net()
     train(expected, optimizer_of(expected, rule), 4)
-    first = sharded(mesh)
-    optimizer = optimizer_of(first, rule)
-    train_sharded(first, optimizer, 2)
-    saved = get_optimizer_state_dict(first, optimizer, options=WHOLE)
-    second = sharded(mesh, seed=1)
-    with torch.no_grad():
-        for mine, theirs in zip(second.parameters(), first.parameters(), strict=True):
-            mine.copy_(theirs)
-    optimizer = optimizer_of(second, rule)
-    set_optimizer_state_dict(second, optimizer, saved, options=WHOLE)
-    train_sharded(second, optimizer, 2)
-    assert_same(gathered(second), expected)
+    net = resumed(partial(net_of, mesh), partial(optimizer_of, rule=rule), 2, 2)
+    assert_same(gathered(Net(), net), expected)
 
 
 def ranks_skip_together(mesh):
-    net = sharded(mesh)
+    net = net_of(mesh)
     optimizer = optimizer_of(net, ScaledGD(lr=0.05))
-    before = gathered(net)
+    before = gathered(Net(), net)
     net.loss(net.rows).backward()
     if mesh.get_local_rank() == 1:
         net[0].up.grad.to_local()[0] = math.nan
     optimizer.step()
     assert optimizer.skipped == 1
-    for p, q in zip(before.parameters(), gathered(net).parameters(), strict=True):
+    for p, q in zip(before.parameters(), gathered(Net(), net).parameters(), strict=True):
         assert torch.equal(p, q)
 
 
@@ -170,23 +126,14 @@ def attached_forms_agree(mesh):
             torch.testing.assert_close(theirs.full_tensor(), mine)
 
 
-def each_rank(rank, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(minutes=1),
-    )
-    mesh = init_device_mesh("cpu", (RANKS,))
-    paths_agree(mesh)
-    resumed_run_agrees(mesh)
-    ranks_skip_together(mesh)
-    only_small_sums_are_exchanged(mesh)
-    attached_forms_agree(mesh)
-    dist.destroy_process_group()
-
-
 def test_two_processes(tmp_path):
-    mp.spawn(each_rank, args=(f"file://{tmp_path / 'rendezvous'}",), nprocs=RANKS)
+    run(
+        [
+            paths_agree,
+            resumed_run_agrees,
+            ranks_skip_together,
+            only_small_sums_are_exchanged,
+            attached_forms_agree,
+        ],
+        tmp_path,
+    )

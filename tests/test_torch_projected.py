@@ -2,28 +2,18 @@
 
 import io
 import math
-from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_projected import RULES
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from two_processes import RANKS, gathered, resumed, run, sharded, train_sharded
 
 from lowrank_sp.torch import FactorOptimizer, ProjectedOptimizer, batches, lora_pairs
 from lowrank_sp.updates import LORO, Every, GaLore
 
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-RANKS = 2
 
 
 class Net(nn.Sequential):
@@ -351,41 +341,18 @@ def test_loro_trains_pairs_of_factors():
 # Two processes
 
 
-def sharded(mesh, seed=0):
-    net = Net(seed)
-    for layer in net:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    net.rows = slice(mesh.get_local_rank(), None, RANKS)
-    return net
-
-
-def train_sharded(net, optimizer, steps):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        net.loss(net.rows).backward()
-        optimizer.step()
-    return net
-
-
-def whole_of(net):
-    whole = Net()
-    with torch.no_grad():
-        for mine, theirs in zip(whole.parameters(), net.parameters(), strict=True):
-            assert isinstance(theirs, DTensor)
-            mine.copy_(theirs.full_tensor())
-    return whole
+def net_of(mesh, seed=0):
+    return sharded(Net(seed), mesh, nn.Linear)
 
 
 def paths_agree(mesh):
     for name in ("GaLore", "Lotus", "Fira", "APOLLO", "APOLLO-Mini", "LoQT", "Q-GaLore"):
         rule = RULES[name]
-        net, expected = sharded(mesh), Net()
+        net, expected = net_of(mesh), Net()
         optimizer = optimizer_of(net, rule)
         train_sharded(net, optimizer, 5)
         train(expected, optimizer_of(expected, rule), 5)
-        assert_same(whole_of(net), expected)
+        assert_same(gathered(Net(), net), expected)
         mean = optimizer.state[net[2].weight]["moment_mean"]
         # The ranks share the moments of each weight.
         assert mean.to_local().numel() == mean.numel() // RANKS
@@ -393,37 +360,11 @@ def paths_agree(mesh):
 
 def resumed_run_agrees(mesh):
     rule = RULES["GaLore"]
-    options = StateDictOptions(full_state_dict=True)
     expected = Net()
     train(expected, optimizer_of(expected, rule), 6)
-    first = sharded(mesh)
-    optimizer = optimizer_of(first, rule)
-    train_sharded(first, optimizer, 4)
-    saved = get_optimizer_state_dict(first, optimizer, options=options)
-    second = sharded(mesh, seed=1)
-    with torch.no_grad():
-        for mine, theirs in zip(second.parameters(), first.parameters(), strict=True):
-            mine.copy_(theirs)
-    optimizer = optimizer_of(second, rule)
-    set_optimizer_state_dict(second, optimizer, saved, options=options)
-    train_sharded(second, optimizer, 2)
-    assert_same(whole_of(second), expected)
-
-
-def each_rank(rank, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(minutes=1),
-    )
-    mesh = init_device_mesh("cpu", (RANKS,))
-    paths_agree(mesh)
-    resumed_run_agrees(mesh)
-    dist.destroy_process_group()
+    net = resumed(partial(net_of, mesh), partial(optimizer_of, rule=rule), 4, 2)
+    assert_same(gathered(Net(), net), expected)
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(each_rank, args=(f"file://{tmp_path / 'rendezvous'}",), nprocs=RANKS)
+    run([paths_agree, resumed_run_agrees], tmp_path)
