@@ -3,7 +3,7 @@ What a quantized base loses, and who gives it back
 ==================================================
 
 Three bits hold a weight badly. A correction of rank 16 beside it takes up part of what is lost;
-which part depends on the norm in which it is best. Here seven methods do that for the layers of
+which part depends on the norm in which it is best. Here eight methods do that for the layers of
 MiniLM, a sentence transformer, and are measured by what counts: the error of the outputs of a
 layer, on real sentences that none of them has seen.
 
@@ -87,13 +87,14 @@ roots = {name: np.linalg.cholesky(c).astype(np.float32) for name, c in others.it
 weights = {name: model.get_submodule(name).weight.detach().numpy() for name in layers}
 
 # %%
-# Seven methods on the same footing
+# Eight methods on the same footing
 # ---------------------------------
 #
 # Each gives a base ``Q`` and a correction ``B A`` of rank 16. LoftQ alternates between both; QPiSSA
 # and SVDQuant quantize what the leading part of the weight leaves, SVDQuant after smoothing. The
 # others quantize the weight and correct the error: LoRC as it is, LQER and QERA-approx with scaled
-# columns, QERA, which is EoRA, by the second moment of the inputs.
+# columns, QERA, which is EoRA, by the second moment of the inputs. SRR does as QERA, after it has
+# kept a few directions from the quantizer.
 
 RANK = 16
 
@@ -128,6 +129,7 @@ methods = {
     "LQER": method(compensate.lqer, "magnitude"),
     "QERA approx": method(compensate.qera_approx, "mean_square"),
     "QERA = EoRA": method(compensate.qera, "second_moment"),
+    "SRR": method(compensate.srr, "second_moment"),
 }
 formats = {"NF4": nf4, "3 bits": partial(int_symmetric, bits=3)}
 table = {}

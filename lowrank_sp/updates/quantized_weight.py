@@ -166,9 +166,10 @@ class QGaLore(GaLore):
         return self.bases.decode(part("basis", state), self.rank)
 
     def _look(self, g: Array, old: Array | None, rng: np.random.Generator) -> Subspace:
-        # Rounded, it is not orthonormal, as a start has to be.
-        start = None if old is None else namespace(old).linalg.qr(old)[0]
-        return super()._look(g, start, rng)
+        if old is not None and self.bases is not None:
+            # Rounded, it is not orthonormal, as a start has to be.
+            old, _ = namespace(old).linalg.qr(old)
+        return super()._look(g, old, rng)
 
     def _kept(self, new: Array, weight: Array, state: State) -> Array:
         if self.weights is None:
