@@ -565,6 +565,54 @@ def test_data_parallel_and_modules_in_several_places():
     }
 
 
+def replicated(model):
+    """A replica as of ``torch.nn.DataParallel``, whose tensors are results, not parameters."""
+    modules = list(model.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    tensors = {t: t.clone() for t in [*model.parameters(), *model.buffers()]}
+    for module, replica in copies.items():
+        replica._former_parameters = {}
+        for key, child in module._modules.items():
+            if child is not None:
+                replica._modules[key] = copies[child]
+                setattr(replica, key, copies[child])
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[key] = None
+            else:
+                setattr(replica, key, tensors[parameter])
+                replica._former_parameters[key] = tensors[parameter]
+        for key, buffer in module._buffers.items():
+            replica._buffers[key] = None if buffer is None else tensors[buffer]
+    return copies[model]
+
+
+@pytest.mark.parametrize(
+    "attached",
+    [
+        partial(attach, create=partial(forms.RowMagnitude.create, rank=2)),
+        partial(attach, create=partial(variant("LoHa").start, rank=2)),
+        partial(attach_shared, create=partial(forms.SharedUp.create, rank=2)),
+        partial(attach_shared, create=partial(forms.Tied.create, rank=2)),
+    ],
+)
+def test_replicas_have_the_same_outputs_and_their_gradients_add_up(attached):
+    model = attached(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)), targets=["0", "2"])
+    with torch.no_grad():
+        for p in trained(model).values():
+            p.add_(0.1 * torch.randn(p.shape))
+    x = torch.randn(8, 5)
+    expected = model(x)
+    expected.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in trained(model).items()}
+    model.zero_grad()
+    parts = [replicated(model)(rows) for rows in x.chunk(2)]
+    close(torch.cat(parts), expected)
+    torch.cat(parts).square().sum().backward()
+    for name, p in trained(model).items():
+        close(p.grad, grads[name])
+
+
 # Refusals
 
 
