@@ -177,7 +177,8 @@ def test_memory_of_the_state():
     assert all(x.untyped_storage().nbytes() <= 3 * 64 * 64 * 8 for x in state.values())
 
 
-def test_compiled_step(monkeypatch):
+@pytest.mark.parametrize("name", ["Fira", "Q-GaLore"])
+def test_compiled_step(name, monkeypatch):
     # Traced as a whole, but not translated to machine code, which takes a minute.
     graphs = []
 
@@ -186,7 +187,7 @@ def test_compiled_step(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is, fullgraph=True))
-    rule, net, expected = RULES["Fira"], Net(), Net()
+    rule, net, expected = RULES[name], Net(), Net()
     train(expected, optimizer_of(expected, rule))
     train(net, optimizer_of(net, rule, compile=True))
     assert_same(net, expected)
