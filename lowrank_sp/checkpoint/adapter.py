@@ -138,7 +138,9 @@ def check_same_base(adapters: Mapping[str, Adapter]) -> None:
             prints = known.fingerprint, adapter.fingerprint
             one, two = prints if None not in prints else (known.base, adapter.base)
             if one != two and not _is_one_place(one, two):
+                differ = ", whose tensors differ" if None not in prints else ""
                 raise CheckpointError(
-                    f"adapters must have one base, got {one!r} of {other} and {two!r} of {name}"
+                    f"adapters must have one base, got {known.base!r} of {other} and "
+                    f"{adapter.base!r} of {name}{differ}"
                 )
         seen.append((name, adapter))

@@ -124,7 +124,7 @@ def federate(
             f"{method}"
         )
     options = taken(method, AGGREGATES, {"rank": rank, "frozen": frozen})
-    weights = check_weights(weights, adapters)
+    weights = _check_shares(check_weights(weights, adapters))
     sources = read_adapters(adapters, assume_same_base=assume_same_base)
     layers = all_layers(sources)
     _check_same_layers(sources, layers)
@@ -172,6 +172,16 @@ def federate(
         said = {"method": method, "weights": weights, "rank": rank, "frozen": frozen, "seed": seed}
         said |= {"assume_same_base": assume_same_base or None}
         return save_report(folder, "federate", inputs, said, rows)
+
+
+def _check_shares(weights: list[float] | None) -> list[float] | None:
+    """The weights, if the functions take them for any clients."""
+    one = Product(np.ones((1, 1)), np.ones((1, 1)))
+    try:
+        federated.flora([one] * len(weights or [1.0]), weights)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    return weights
 
 
 def _check_same_layers(sources: Mapping[str, Adapter], layers: Sequence[str]) -> None:

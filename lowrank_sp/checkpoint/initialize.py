@@ -20,6 +20,7 @@ from lowrank_sp.checkpoint.calibration import Calibration, calibration_for
 from lowrank_sp.checkpoint.job import (
     Progress,
     check_choice,
+    check_size,
     per_layer,
     save_adapter,
     seeds,
@@ -136,6 +137,7 @@ def initialize(
     layers = checkpoint.layers(targets, fan_in_fan_out=fan_in_fan_out)
     check_choice(method, _METHODS, "method")
     options = taken(method, _METHODS, {"tol": None if tol is None else check_number(tol, "tol")})
+    check_size(None, tol)
     sizes = _sizes(layers, rank, alpha, rank_pattern, alpha_pattern)
     statistics = calibration_for(method, _STATISTICS, calibration)
     if statistics is not None:

@@ -155,7 +155,7 @@ def check_size(rank: int | None, tol: float | None) -> None:
     if rank is not None and rank < 1:
         raise OptionError(f"rank must be at least 1, got {rank}")
     if tol is not None and not 0 < tol < 1:
-        raise OptionError(f"tol must be in (0, 1), got {tol}; it is relative to the norm")
+        raise OptionError(f"tol must be in (0, 1), got {tol}; it is relative")
 
 
 @overload
@@ -184,7 +184,10 @@ def read_adapters(
         raise OptionError("at least one adapter is needed, got none")
     adapters = {name: read_adapter(path) for name, path in paths.items()}
     if not assume_same_base:
-        check_same_base(adapters)
+        try:
+            check_same_base(adapters)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; pass --assume-same-base to go on") from error
     return adapters
 
 

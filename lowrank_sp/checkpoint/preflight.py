@@ -165,7 +165,12 @@ def _model_mismatch(x: _Files) -> Iterator[Finding]:
     for name, rank in x.ranks().items():
         weight = x.model.tensors.get(f"{name}.weight")
         if weight is None:
-            yield Finding("error", name, "no module of the model", "check the prefix of the names")
+            if name in x.model.factored:
+                message = "two factors stand in place of its weight"
+                yield Finding("error", name, message, "use the model that was compressed")
+            else:
+                remedy = "check the prefix of the names"
+                yield Finding("error", name, "no module of the model", remedy)
             continue
         ends = ("", ".weight")
         down = next(t for e in ends if (t := x.tensors.get(f"{PREFIX}{name}.lora_A{e}")))

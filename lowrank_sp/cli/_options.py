@@ -21,7 +21,7 @@ Adapters = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Directory to create.")]
 Targets = Annotated[str | None, typer.Option(help="Regular expression for the names of layers.")]
-Rank = Annotated[int | None, typer.Option(help="Most that a layer may have.")]
+Rank = Annotated[int | None, typer.Option(min=1, help="Most that a layer may have.")]
 Tol = Annotated[
     float | None, typer.Option(help="Error allowed in every layer, relative to its norm.")
 ]

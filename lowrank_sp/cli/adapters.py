@@ -190,10 +190,10 @@ def check(
 def share(
     method: Annotated[str, typer.Argument(help=f"One of {', '.join(SHARINGS)}.")],
     adapters: Adapters,
-    rank: Annotated[int, typer.Option(help="Columns of the shared bases.")],
+    rank: Annotated[int, typer.Option(min=1, help="Columns of the shared bases.")],
     out: Out,
     clusters: Annotated[
-        int | None, typer.Option(help="Number of pairs of bases, for clustered.")
+        int | None, typer.Option(min=1, help="Number of pairs of bases, for clustered.")
     ] = None,
     steps: Annotated[int, typer.Option(min=0, help="Most steps to improve the bases.")] = 500,
     assume_same_base: SameBase = False,
@@ -227,7 +227,7 @@ def federate(
     out: Out,
     weights: Weights = None,
     rank: Annotated[
-        int | None, typer.Option(help="Of the correction (fedex) or the adapter (flora_na).")
+        int | None, typer.Option(min=1, help="Of the correction (fedex) or the adapter (flora_na).")
     ] = None,
     frozen: Annotated[
         str | None, typer.Option(help="The factor that nobody trained (rolora): up or down.")

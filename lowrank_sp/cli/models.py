@@ -32,7 +32,7 @@ def init(
         ),
     ],
     model: Model,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")],
     out: Out,
     alpha: Annotated[float | None, typer.Option(help="Default: the rank, for scale 1.")] = None,
     calibration: Calibration = None,
@@ -108,13 +108,15 @@ def quantize(
     model: Model,
     out: Out,
     to: Annotated[str, typer.Option(help=f"Format: {', '.join(FORMATS)}.")] = "nf4",
-    bits: Annotated[int | None, typer.Option(help="Of an integer; 4 by default.")] = None,
-    block: Annotated[int | None, typer.Option(help="Entries that share a scale.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(min=2, max=8, help="Of an integer; 4 by default.")
+    ] = None,
+    block: Annotated[int | None, typer.Option(min=1, help="Entries that share a scale.")] = None,
     compensate: Annotated[
         str | None,
         typer.Option(help=f"What makes up for the loss: {', '.join(COMPENSATIONS)}."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the adapter that does.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the adapter that does.")] = None,
     calibration: Calibration = None,
     targets: Targets = None,
     seed: Seed = 0,
@@ -175,7 +177,7 @@ def compress(
 
 def demo(
     out: Out = Path("demo"),
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
