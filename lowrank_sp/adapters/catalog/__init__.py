@@ -36,7 +36,7 @@ def variant(name: str) -> Variant:
     >>> variant("Dorra")
     Traceback (most recent call last):
     ...
-    ValueError: no variant is called 'Dorra'; did you mean one of DoRA, NoRA, LoRA?
+    ValueError: no variant is called 'Dorra'; did you mean one of DoRA, DeLoRA, NoRA?
     """
     known = {key.lower(): row for key, row in CATALOG.items()}
     found = known.get(name.lower())

@@ -77,7 +77,7 @@ def peft_places(size: int, count: int, *, seed: int = 777) -> np.ndarray:
     Examples
     --------
     >>> peft_places(12, 4)
-    array([ 5, 10, 11,  3])
+    array([11,  7,  3,  8])
     """
     if not 1 <= count <= size:
         raise ValueError(f"count must be in 1..{size}, the entries that there are, got {count}")

@@ -124,7 +124,7 @@ class VectorBank(LayeredForm):
     --------
     >>> form = VectorBank.create([(8, 4), (4, 16)], rank=3, vectors=10, length=4, rng=0)
     >>> form.num_trainable, form.layer(1)
-    (310, BankFactors(up_logits 1 x 3 x 10, down_logits 3 x 4 x 10, bank 10 x 4))
+    (280, BankFactors(up_logits 1 x 3 x 10, down_logits 3 x 4 x 10, bank 10 x 4))
     """
 
     bank: Trained[Array, "h b"]
