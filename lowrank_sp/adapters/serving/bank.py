@@ -151,8 +151,8 @@ class AdapterBank:
         Returns
         -------
         array, shape (T, ..., m)
-            Of the dtype of ``x``, if floating, computed in at least float32. PyTorch can
-            differentiate it, where the bank is not quantized.
+            Of the dtype of ``x``, if floating, computed in at least float32. PyTorch and
+            JAX can differentiate it, where the bank is not quantized.
 
         Raises
         ------
