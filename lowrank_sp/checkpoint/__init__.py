@@ -1,6 +1,8 @@
 """Checkpoints on disk: read, initialized, verified and written without PyTorch."""
 
 from lowrank_sp.checkpoint.adapter import Adapter as Adapter
+from lowrank_sp.checkpoint.adapter import base_mismatch as base_mismatch
+from lowrank_sp.checkpoint.adapter import check_base as check_base
 from lowrank_sp.checkpoint.adapter import check_same_base as check_same_base
 from lowrank_sp.checkpoint.bank import read_bank as read_bank
 from lowrank_sp.checkpoint.bank import write_bank as write_bank
