@@ -38,6 +38,7 @@ DATA = {
     "inputs": subspaces.input_span(inputs=INPUTS[:3]).complement,
     "outputs": subspaces.span(UP),
     "protected": subspaces.span(rng.standard_normal((M, 3))),
+    "hidden": subspaces.input_span(inputs=INPUTS[:3]),
     "adapters": ADAPTERS,
     "frozen": "down",
     "deltas": [adapter.delta() for adapter in ADAPTERS],

@@ -45,6 +45,7 @@ WITH_EXAMPLES = {
     "lowrank_sp.adapters.algebra.merge.exact",
     "lowrank_sp.adapters.algebra.merge.subspace",
     "lowrank_sp.adapters.algebra.sums",
+    "lowrank_sp.adapters.subspaces.blind_product",
     "lowrank_sp.adapters.subspaces.continual",
     "lowrank_sp.adapters.subspaces.projectors",
     "lowrank_sp.adapters.subspaces.safe_product",

@@ -25,10 +25,10 @@ from lowrank_sp import LowRank
 from lowrank_sp._arrays import eps, to_host
 from lowrank_sp.adapters import initializers, subspaces
 from lowrank_sp.adapters._products import product_of
-from lowrank_sp.adapters.algebra import subtract
 from lowrank_sp.adapters.forms import Product
 from lowrank_sp.adapters.statistics import SecondMoment
 from lowrank_sp.adapters.subspaces import (
+    BlindProduct,
     Projector,
     SafeProduct,
     TrailingPart,
@@ -655,19 +655,45 @@ def test_osf_of_peft_takes_the_same_path_by_gradient_descent_and_leaves_it_by_ad
             assert off > 1e-2
 
 
-def test_guarding_a_null_space_and_starting_outside_of_what_is_excited():
-    """The recipe of the guide: CorDA's trailing triplets, and changes outside of the inputs."""
-    weight, harmful = gaussian(M, N), gaussian(5, N, seed=1)
-    moment = harmful.T @ harmful / 5 + 1e-12 * np.eye(N)
-    start = initializers.corda_kpm(weight, RANK, second_moment=moment)
-    trained = LowRank(
-        start.up + 0.1 * gaussian(M, RANK, seed=2), start.down + 0.1 * gaussian(RANK, N, seed=3)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_guarded_product_starts_at_the_weight_and_never_sees_what_is_hidden(dtype, xp):
+    weight, harmful = gaussian(M, N).astype(dtype), gaussian(5, N, seed=1).astype(dtype)
+    moment = harmful.T @ harmful / 5
+    hidden = input_span(inputs=xp.asarray(harmful))
+    form, base = BlindProduct.for_inputs(
+        xp.asarray(weight), RANK, hidden=hidden, second_moment=xp.asarray(moment), alpha=6
     )
-    change = subtract(trained, LowRank(start.up, start.down)).split()
-    free = input_span(inputs=harmful).complement
-    merged = restricted(change, inputs=free).merge(weight)
-    assert np.linalg.norm((merged - weight) @ harmful.T) <= 1e-12
-    assert np.linalg.norm(change.right @ harmful.T) > 0.1
+    tol = 1e3 * eps(np.dtype(dtype)) * np.linalg.norm(weight)
+    assert np.linalg.norm(wide(base) + dense(form.delta()) - weight) <= tol
+    assert np.linalg.norm((wide(base) - weight) @ harmful.T) <= 10 * tol
+    v = np.linalg.qr(harmful.T.astype(np.float64))[0]
+    start = initializers.corda_kpm(weight, RANK, second_moment=moment, alpha=6)
+    first = dense(start.delta()) @ (np.eye(N) - v @ v.T)
+    assert np.linalg.norm(dense(form.delta()) - first) <= 100 * tol
+    # GuardSpace's W + (B A - B_0 A_0) P, for any B and A.
+    drawn = {"up": gaussian(M, RANK, seed=2), "down": gaussian(RANK, N, seed=3)}
+    trained = form.replace({name: xp.asarray(a.astype(dtype)) for name, a in drawn.items()})
+    a = host_arrays(trained, xp.host)
+    update = 2.0 * a["up"] @ a["down"] @ (np.eye(N) - a["hidden"] @ a["hidden"].T)
+    check_update(trained, update, dtype, xp.host)
+    check_apply(trained, update, weight, dtype, xp)
+    check_merge(trained, update, weight, dtype, xp)
+    check_conversion(trained, update, RANK, dtype, xp)
+    assert (trained.rank_bound, trained.num_trainable) == (RANK, (M + N) * RANK)
+    if dtype == np.float64:
+        check_rank(trained, RANK, xp.host)
+    merged = to_host(trained.merge(base)).astype(np.float64)
+    assert np.linalg.norm((merged - weight) @ harmful.T) <= 100 * tol
+    assert np.linalg.norm(wide(merged) - weight - (update - first)) <= 100 * tol
+
+
+def test_gradients_of_the_guarded_product():
+    def create(asarray=np.asarray):
+        v = np.linalg.qr(gaussian(N, 4, seed=6))[0]
+        factors = gaussian(M, RANK, seed=8), gaussian(RANK, N, seed=9)
+        return BlindProduct(*map(asarray, (*factors, v)), 2.0)
+
+    check_gradients(create, [gaussian(M, N)], create())
 
 
 # ----------------------------------------------------------------------------- unlearning, spectra
@@ -813,6 +839,10 @@ REFUSED = {
     "protected": (
         lambda: SafeProduct.create((M, N), 1, protected=P),
         r"protected must have shape \(14, 14\)",
+    ),
+    "hidden": (
+        lambda: BlindProduct.for_inputs(np.ones((M, 3)), 1, hidden=P, second_moment=np.eye(3)),
+        r"hidden must have shape \(3, 3\)",
     ),
     "kept": (
         lambda: TrailingPart.of_weight(np.ones((3, 4)), 3),

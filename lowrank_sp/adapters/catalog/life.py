@@ -166,6 +166,13 @@ _ROWS = [
             subspaces.SafeProduct.for_task,
             ("weight", "rank", "protected", "second_moment"),
         ),
+        (
+            "GuardSpace",
+            "zhang2026guardrail",
+            r"W + (B A - B_0 A_0) (I - V V^T)",
+            subspaces.BlindProduct.for_inputs,
+            ("weight", "rank", "hidden", "second_moment"),
+        ),
     ),
     *_all(
         Stage.UNLEARNING,

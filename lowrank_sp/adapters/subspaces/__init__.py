@@ -1,5 +1,6 @@
 """Updates in chosen subspaces: continual learning, safety, unlearning, spectra."""
 
+from lowrank_sp.adapters.subspaces.blind_product import BlindProduct as BlindProduct
 from lowrank_sp.adapters.subspaces.continual import inflora as inflora
 from lowrank_sp.adapters.subspaces.continual import overlap_penalty as overlap_penalty
 from lowrank_sp.adapters.subspaces.continual import scheduled_energy as scheduled_energy
