@@ -8,6 +8,7 @@ import torch
 from form_cases import random_values
 
 from lowrank_sp.adapters import forms
+from lowrank_sp.adapters.forms import _sparse
 from lowrank_sp.operators import LinearOperator
 
 
@@ -143,6 +144,20 @@ def test_strength_bounds_the_update_of_a_weight_of_unit_columns():
     weight = np.linalg.qr(normal((6, 6)))[0]
     form = random_values(forms.NormalizedProduct.create(weight, 3, rng=0), np.asarray)
     assert np.linalg.norm(dense(form)) <= abs(form.strength[0]) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40, 50])
+def test_places_of_large_matrices_by_parts_are_those_of_one_loop(count, monkeypatch):
+    """The method of PyTorch for matrices too large for a test, on a small one."""
+    monkeypatch.setattr(_sparse, "_STEPS", 7)
+    found = _sparse._inside_out(50, count, np.random.RandomState(3))
+    bits, array = np.random.RandomState(3), []
+    for i in range(50):
+        high, low = map(int, bits.randint(0, 2**32, 2, dtype=np.uint32))
+        j = ((high << 32) + low) % (i + 1)
+        array.append(i)
+        array[i], array[j] = array[j], i
+    assert np.array_equal(found, array[:count])
 
 
 #: Trained numbers and rank of one square layer of width 4096.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, device, namespace, to_host
+
+# Draws at a time, of the permutations of large matrices.
+_STEPS = 2**20
 
 
 def check_places(places: Array, shape: tuple[int, int]) -> np.ndarray:
@@ -70,6 +75,11 @@ def peft_places(size: int, count: int, *, seed: int = 777) -> np.ndarray:
     seed : int
         ``random_loc_seed`` of the configuration.
 
+    Notes
+    -----
+    ``count`` draws, but for matrices of 215 million entries or more, where PyTorch has another
+    method and all of them are drawn: some seconds.
+
     Returns
     -------
     numpy.ndarray, shape (count,)
@@ -81,14 +91,30 @@ def peft_places(size: int, count: int, *, seed: int = 777) -> np.ndarray:
     """
     if not 1 <= count <= size:
         raise ValueError(f"count must be in 1..{size}, the entries that there are, got {count}")
-    # PyTorch takes 64 bits of a step where 32 would be felt in the remainder.
-    wide = size >= (2**32 - 1) // 20
-    bits = np.random.RandomState(seed).randint(0, 2**32, (count, 1 + wide), dtype=np.uint32)
+    bits = np.random.RandomState(seed)
+    if size >= (2**32 - 1) // 20:
+        return _inside_out(size, count, bits)
     moved: dict[int, int] = {}
     drawn = np.empty(count, np.int64)
-    for i in range(count):
-        high, low = (0, *bits[i])[-2:]
-        j = i + ((int(high) << 32) + int(low)) % (size - i)
+    for i, step in enumerate(bits.randint(0, 2**32, count, dtype=np.uint32)):
+        j = i + int(step) % (size - i)
         drawn[i] = moved.get(j, j)
         moved[j] = moved.get(i, i)
+    return drawn
+
+
+def _inside_out(size: int, count: int, bits: np.random.RandomState) -> np.ndarray:
+    """The same where PyTorch shuffles a growing array: every step may reach its first entries."""
+    drawn = np.empty(count, np.int64)
+    for start, stop in pairwise([0, count, *range(count + _STEPS, size, _STEPS), size]):
+        high, low = bits.randint(0, 2**32, (stop - start, 2), dtype=np.uint32).astype(np.uint64).T
+        z = ((high << np.uint64(32)) | low) % np.arange(start + 1, stop + 1, dtype=np.uint64)
+        if start == 0:
+            for i, j in enumerate(z):
+                drawn[i] = drawn[j]
+                drawn[j] = i
+        else:
+            reached = np.flatnonzero(z < count)
+            # Where several steps reach a place, the last one stays.
+            drawn[z[reached]] = start + reached
     return drawn
