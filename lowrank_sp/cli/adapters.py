@@ -135,7 +135,10 @@ def convert(
     out: Out,
     to: Annotated[str, typer.Option(help="What to write: peft or kohya.")] = "peft",
     prefix: Annotated[
-        str | None, typer.Option(help="Of the names in files of kohya, such as lora_unet.")
+        str | None,
+        typer.Option(
+            help="What names in files of kohya begin with, such as lora_unet; they need it."
+        ),
     ] = None,
     start: Annotated[
         Path | None,
@@ -233,7 +236,8 @@ def federate(
         str | None, typer.Option(help="The factor that nobody trained (rolora): up or down.")
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="The base model, to write it with its correction.")
+        Path | None,
+        typer.Option(help="The base model, to write it with its correction (flora, fedex)."),
     ] = None,
     assume_same_base: SameBase = False,
     seed: Seed = 0,
