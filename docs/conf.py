@@ -12,9 +12,9 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
+    "sphinx-mathjax-offline",
     "sphinxcontrib.bibtex",
 ]
 exclude_patterns = [
@@ -56,19 +56,9 @@ sphinx_gallery_conf = {
     "min_reported_time": 60,
 }
 
-html_theme = "pydata_sphinx_theme"
+html_theme = "furo"
 html_title = "lowrank_sp"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_show_sourcelink = False
-# Navigation at the side is for the reference, whose pages have sections.
-html_sidebars = {"*": [], "gallery/*": []}
-html_theme_options = {
-    "navbar_align": "left",
-    "navbar_persistent": ["search-button"],
-    "header_links_before_dropdown": 6,
-    "navigation_with_keys": False,
-    "show_prev_next": False,
-    "footer_start": ["copyright"],
-    "footer_end": [],
-}
+html_theme_options = {"top_of_page_buttons": []}
