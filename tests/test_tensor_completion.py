@@ -316,3 +316,16 @@ def test_bad_streams(call, text):
 def test_tensors_are_no_entries(solver):
     with pytest.raises(TypeError, match="must be TensorEntries, got ndarray"):
         solver(np.ones((3, 3, 3)), rank=1)
+
+
+@pytest.mark.parametrize(
+    "solver", [tensors.tucker_completion, tensors.tt_completion, tensors.cp_completion]
+)
+def test_an_index_without_entries_is_named(solver):
+    x = tucker_truth()
+    mask = random_mask(SHAPE, 0.5)
+    mask[:, 4] = False
+    solution = solver(TensorEntries.from_mask(x, mask), rank=2, rng=0)
+    assert solution.converged is False
+    assert "no entry has index 4 of mode 1 (1 in all): zero there" in solution.reason
+    assert not np.any(solution.value.to_dense()[:, 4])

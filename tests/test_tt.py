@@ -382,6 +382,20 @@ def test_cross_in_every_library(xp):
     assert len(seen) >= 1
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_error_of_a_cross_of_any_size(size):
+    # Squares of values like these are not numbers of single precision.
+    shape, size = (9, 8, 7), np.float32(size)
+
+    def function(i):
+        return size / (1 + i.sum(axis=1)).astype(np.float32)
+
+    t = tensors.tt_cross(function, shape, rank=2, rng=0).value
+    truth = function(np.indices(shape).reshape(3, -1).T).reshape(shape).astype(float)
+    rest = np.linalg.norm(t.to_dense().astype(float) - truth)
+    assert 0.5 * rest <= t.error <= 2 * rest
+
+
 def test_cross_says_when_its_rank_is_too_small():
     x = gaussian(8, 8, 8)
     solution = tensors.tt_cross(

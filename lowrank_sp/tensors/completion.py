@@ -22,7 +22,7 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.svd import randomized_svd
-from lowrank_sp.tensors.entries import TensorEntries, check_entries
+from lowrank_sp.tensors.entries import TensorEntries, check_entries, with_gaps
 from lowrank_sp.tensors.factored import moved, on_host
 from lowrank_sp.tensors.hosvd import st_hosvd
 from lowrank_sp.tensors.modes import multi_mode_dot
@@ -77,7 +77,8 @@ def tucker_completion(
     -------
     Solution
         ``value`` is a :class:`Tucker` with orthonormal factors. What it is worth is seen on entries
-        withheld by :meth:`TensorEntries.split`.
+        withheld by :meth:`TensorEntries.split`. ``converged`` is False where an index has no entry;
+        the ``reason`` names it.
 
     Notes
     -----
@@ -117,7 +118,7 @@ def tucker_completion(
 
     start = _pursued(entries, ranks, grown, sweep) if init is None else init.map(on_host)
     _check_start(start, entries.shape, ranks)
-    return iterate(
+    solution = iterate(
         lambda state: _stepped(state, sweep, size),
         _State(_orthonormal(start), _misfit(entries, start)),
         stop=stop,
@@ -125,6 +126,7 @@ def tucker_completion(
         callback=callback,
         value=lambda state: moved(state.value, like),
     )
+    return with_gaps(solution, entries)
 
 
 def tt_completion(
@@ -163,7 +165,8 @@ def tt_completion(
     Returns
     -------
     Solution
-        ``value`` is a :class:`TT`, right-orthogonal up to its first core.
+        ``value`` is a :class:`TT`, right-orthogonal up to its first core. ``converged`` is False
+        where an index has no entry; the ``reason`` names it.
 
     Notes
     -----
@@ -195,7 +198,7 @@ def tt_completion(
 
     start = _pursued(entries, ranks, grown, sweep) if init is None else init.map(on_host)
     _check_start(start, entries.shape, ranks)
-    return iterate(
+    solution = iterate(
         lambda state: _stepped(state, sweep, size),
         _State(TT(right_orthogonal(start.cores)), _misfit(entries, start)),
         stop=stop,
@@ -203,6 +206,7 @@ def tt_completion(
         callback=callback,
         value=lambda state: moved(state.value, like),
     )
+    return with_gaps(solution, entries)
 
 
 def _prepared(

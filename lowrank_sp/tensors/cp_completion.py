@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.tensors.alternating import balanced, gram_of, moved, with_degeneracy
 from lowrank_sp.tensors.cp import CP
 from lowrank_sp.tensors.cp_start import given_factors, random_factors
-from lowrank_sp.tensors.entries import TensorEntries, check_entries
+from lowrank_sp.tensors.entries import TensorEntries, check_entries, with_gaps
 from lowrank_sp.tensors.line_search import lowest, squares_along, times_line
 from lowrank_sp.tensors.ranks import cp_rank, scaled
 
@@ -138,7 +137,7 @@ def cp_completion(
         callback=callback,
         value=value,
     )
-    return _with_gaps(with_degeneracy(solution), data)
+    return with_gaps(with_degeneracy(solution), data)
 
 
 def _start(
@@ -196,14 +195,3 @@ def _extrapolated(data: TensorEntries, state: _State, ridge: float) -> list[Arra
     if not fall > 100 * eps(data.values.dtype) * objective[0]:
         return state.factors
     return [f + t * step for f, step in zip(state.factors, steps, strict=True)]
-
-
-def _with_gaps(solution: Solution, data: TensorEntries) -> Solution:
-    gaps = data.unobserved()
-    if not gaps:
-        return solution
-    names = ", ".join(f"index {lines[0]} of mode {mode}" for mode, lines in gaps)
-    count = sum(len(lines) for _, lines in gaps)
-    reason = f"{solution.reason}; no entry has {names} ({count} in all): zero there"
-    converged = None if solution.converged is None else False
-    return replace(solution, converged=converged, reason=reason)

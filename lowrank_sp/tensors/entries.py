@@ -9,7 +9,7 @@ product for every such bucket.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from lowrank_sp._arrays import (
     real_dtype,
     to_host,
 )
+from lowrank_sp.iterate import Solution
 
 # Entries in a bucket, padding included.
 _BUCKET = 2**16
@@ -304,3 +305,15 @@ class TensorEntries:
         size = " x ".join(map(str, self.shape))
         name = str(self.values.dtype).rpartition(".")[2]
         return f"TensorEntries({size}, {self.size} observed, {name})"
+
+
+def with_gaps(solution: Solution, data: TensorEntries) -> Solution:
+    """``solution``, not converged where an index has no entry, which its reason names."""
+    gaps = data.unobserved()
+    if not gaps:
+        return solution
+    names = ", ".join(f"index {lines[0]} of mode {mode}" for mode, lines in gaps)
+    count = sum(len(lines) for _, lines in gaps)
+    reason = f"{solution.reason}; no entry has {names} ({count} in all): zero there"
+    converged = None if solution.converged is None else False
+    return replace(solution, converged=converged, reason=reason)

@@ -102,7 +102,7 @@ def tt_cross(
     first = function(points)
     like = as_compute(first)[:0]
     values = _finite(first)
-    size = float(np.sqrt(np.mean(np.abs(values) ** 2)))
+    size = _root_mean_square(values)
     if init is None:
         init = points[np.argmax(np.abs(values))][None, :]
     tol = stop.resolve(like.dtype) or eps(like.dtype)
@@ -123,8 +123,8 @@ def tt_cross(
         points = np.stack([draws.integers(n, size=held_out) for n in shape], axis=1)
         values = _finite(function(points))
         misfit = np.abs(values - train.sample(points))
-        size = max(state.size, float(np.sqrt(np.mean(np.abs(values) ** 2))))
-        error = float(np.sqrt(np.mean(misfit**2)))
+        size = max(state.size, _root_mean_square(values))
+        error = _root_mean_square(misfit)
         worst = points[np.argmax(misfit)][None, :] if misfit.max() > floor else points[:0]
         train = replace(train, error=error * math.sqrt(math.prod(shape)))
         following = _State(left, right, train, worst, size, state.sweeps + 1)
@@ -209,6 +209,11 @@ def _joined(rows: np.ndarray, more: np.ndarray) -> np.ndarray:
     if rows.shape[1] == 0:
         return rows
     return np.unique(np.concatenate([rows, more]), axis=0)
+
+
+def _root_mean_square(values: np.ndarray) -> float:
+    """In double precision: squares in single leave its range from 1e19 on, and from 1e-19 down."""
+    return float(np.sqrt(np.mean(np.abs(values).astype(np.float64) ** 2)))
 
 
 def _finite(values: Array) -> np.ndarray:
