@@ -35,7 +35,7 @@ class IntegerTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, codes: Tensor, scales: Tensor, kind: Integers, shape: tuple[int, int]
+        cls, codes: Tensor, scales: Tensor, kind: Integers, shape: tuple[int, ...]
     ) -> IntegerTensor:
         self = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls, shape, dtype=scales.dtype, device=scales.device
@@ -169,7 +169,7 @@ def integer_weights_(model: nn.Module, kind: Integers | None = None) -> list[str
     'IntegerTensor'
     """
     kind = Integers() if kind is None else kind
-    owners: dict[nn.Parameter, str] = {}
+    owners: dict[Tensor, str] = {}
     found: dict[str, nn.Linear] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear) or not layer.weight.requires_grad:
