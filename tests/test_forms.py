@@ -2,14 +2,11 @@
 
 import dataclasses
 
-import form_cases_layers
-import form_cases_peft
-import form_cases_rank
-import form_cases_svd
 import numpy as np
 import pytest
 import torch
 from form_cases import random_values, weight_of
+from form_cases_all import CASES
 from form_laws import (
     check_apply,
     check_conversion,
@@ -25,12 +22,6 @@ from form_laws import (
 from lowrank_sp._arrays import dtype_name, namespace
 from lowrank_sp.adapters import forms
 
-CASES = [
-    *form_cases_svd.CASES,
-    *form_cases_rank.CASES,
-    *form_cases_layers.CASES,
-    *form_cases_peft.CASES,
-]
 cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 

@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from functools import partial
 
-import form_cases_layers
-import form_cases_rank
-import form_cases_svd
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from form_cases import random_values, weight_of
+from form_cases_all import CASES, LAYERED
 from form_cases_layers import weights_of
 
 from lowrank_sp import SVD, LowRank
@@ -22,8 +20,6 @@ from lowrank_sp.adapters.serving import AdapterBank
 from lowrank_sp.jax import trained, with_trained
 from lowrank_sp.linalg import truncated_svd
 
-CASES = [*form_cases_svd.CASES, *form_cases_rank.CASES, *form_cases_layers.CASES]
-LAYERED = form_cases_layers.LAYERED
 cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 layered_cases = pytest.mark.parametrize("case", LAYERED, ids=[case.name for case in LAYERED])
 

@@ -939,6 +939,8 @@ def test_low_rank_plus_sparse(xp):
     dense.reshape(-1)[host] += values
     found = low_rank_plus_sparse(*arrays, support, scale=0.5)
     assert np.linalg.norm(xp.host(found) - dense) <= 100 * EPS
+    alone = low_rank_plus_sparse(*arrays[:2], arrays[2][:0], support[:0])
+    assert np.linalg.norm(xp.host(alone) - up @ down) <= 100 * EPS
     g = draw(5, 7, seed=3)
     grads = low_rank_plus_sparse_gradients(xp.asarray(g), *arrays[:2], support, scale=0.5)
     expected = 0.5 * g @ down.T, 0.5 * up.T @ g, g.reshape(-1)[host]

@@ -181,6 +181,21 @@ def test_misfit_never_rises_and_noise_sets_the_floor(method):
     assert error <= np.linalg.norm(noise)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(np.float64, 1e-100), (np.float64, 1e100), (np.float32, 1e18)]
+)
+@pytest.mark.parametrize(
+    "solver", [tensors.tucker_completion, tensors.tt_completion, tensors.cp_completion]
+)
+def test_the_size_of_the_data_does_not_matter(solver, dtype, size):
+    e = observed(NUMPY, tucker_truth(dtype=dtype), 0.4)
+    power = 2.0 ** round(np.log2(size))
+    huge = TensorEntries(e.indices, e.values * np.asarray(power, dtype), e.shape)
+    stop = Stop(max_iter=5, tol=None)
+    found, plain = (solver(data, rank=2, rng=0, stop=stop).value for data in (huge, e))
+    assert np.array_equal(found.to_dense() / np.asarray(power, dtype), plain.to_dense())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_withheld_entries_tell_the_error(method):
     solve, truth = METHODS[method]

@@ -4,13 +4,11 @@ import copy
 import re
 from functools import partial
 
-import form_cases_layers
-import form_cases_rank
-import form_cases_svd
 import numpy as np
 import pytest
 import torch
 from form_cases import random_values, weight_of
+from form_cases_all import CASES, LAYERED
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -37,8 +35,6 @@ from lowrank_sp.torch import (
 )
 from lowrank_sp.updates import ScaledGD
 
-CASES = [*form_cases_svd.CASES, *form_cases_rank.CASES, *form_cases_layers.CASES]
-LAYERED = form_cases_layers.LAYERED
 cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 layered_cases = pytest.mark.parametrize("case", LAYERED, ids=[case.name for case in LAYERED])
 EPS = torch.finfo(torch.float32).eps

@@ -22,7 +22,7 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.svd import randomized_svd
-from lowrank_sp.tensors.entries import TensorEntries, check_entries, with_gaps
+from lowrank_sp.tensors.entries import TensorEntries, of_unit_size, with_gaps
 from lowrank_sp.tensors.factored import moved, on_host
 from lowrank_sp.tensors.hosvd import st_hosvd
 from lowrank_sp.tensors.modes import multi_mode_dot
@@ -94,7 +94,9 @@ def tucker_completion(
     >>> bool(np.linalg.norm(t.to_dense() - x) < 1e-5 * np.linalg.norm(x))
     True
     """
-    like, entries, size, rng = _prepared(entries, rng)
+    like, rng = entries, np.random.default_rng(rng)
+    entries, unit = of_unit_size(entries)
+    size = entries.norm()
     ranks = tucker_rank(rank, entries.shape)
 
     def sweep(t: Tucker) -> tuple[Tucker, float]:
@@ -116,7 +118,10 @@ def tucker_completion(
         factors = [u @ v for u, v in zip(t.factors, inner.factors, strict=True)]
         return Tucker(inner.core, factors)
 
-    start = _pursued(entries, ranks, grown, sweep) if init is None else init.map(on_host)
+    if init is None:
+        start = _pursued(entries, ranks, grown, sweep)
+    else:
+        start = init.map(on_host) * (1 / unit)
     _check_start(start, entries.shape, ranks)
     solution = iterate(
         lambda state: _stepped(state, sweep, size),
@@ -124,7 +129,7 @@ def tucker_completion(
         stop=stop,
         dtype=entries.values.dtype,
         callback=callback,
-        value=lambda state: moved(state.value, like),
+        value=lambda state: moved(state.value * unit, like.values),
     )
     return with_gaps(solution, entries)
 
@@ -182,7 +187,9 @@ def tt_completion(
     >>> bool(np.linalg.norm(t.to_dense() - x) < 1e-5 * np.linalg.norm(x))
     True
     """
-    like, entries, size, rng = _prepared(entries, rng)
+    like, rng = entries, np.random.default_rng(rng)
+    entries, unit = of_unit_size(entries)
+    size = entries.norm()
     ranks = tt_rank(rank, entries.shape)
     mirror = TensorEntries(entries.indices[:, ::-1], entries.values, entries.shape[::-1])
 
@@ -196,7 +203,10 @@ def tt_completion(
         train = more if train is None else tt_round(train + more, ranks)
         return TT(right_orthogonal(train.cores))
 
-    start = _pursued(entries, ranks, grown, sweep) if init is None else init.map(on_host)
+    if init is None:
+        start = _pursued(entries, ranks, grown, sweep)
+    else:
+        start = init.map(on_host) * (1 / unit)
     _check_start(start, entries.shape, ranks)
     solution = iterate(
         lambda state: _stepped(state, sweep, size),
@@ -204,19 +214,9 @@ def tt_completion(
         stop=stop,
         dtype=entries.values.dtype,
         callback=callback,
-        value=lambda state: moved(state.value, like),
+        value=lambda state: moved(state.value * unit, like.values),
     )
     return with_gaps(solution, entries)
-
-
-def _prepared(
-    entries: TensorEntries, rng: RNG
-) -> tuple[Array, TensorEntries, float, np.random.Generator]:
-    """The values as they came, the entries on the host, their norm, and a generator."""
-    check_entries(entries)
-    values = on_host(entries.values)
-    host = TensorEntries(entries.indices, values, entries.shape)
-    return entries.values, host, host.norm(), np.random.default_rng(rng)
 
 
 def _check_start(start: Any, shape: tuple[int, ...], ranks: tuple[int, ...]) -> None:

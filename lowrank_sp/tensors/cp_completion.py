@@ -14,7 +14,6 @@ from lowrank_sp._arrays import (
     eps,
     frobenius,
     from_host,
-    host_view,
     inner,
     namespace,
     slices,
@@ -24,9 +23,9 @@ from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.tensors.alternating import balanced, gram_of, moved, with_degeneracy
 from lowrank_sp.tensors.cp import CP
 from lowrank_sp.tensors.cp_start import given_factors, random_factors
-from lowrank_sp.tensors.entries import TensorEntries, check_entries, with_gaps
+from lowrank_sp.tensors.entries import TensorEntries, of_unit_size, with_gaps
 from lowrank_sp.tensors.line_search import lowest, squares_along, times_line
-from lowrank_sp.tensors.ranks import cp_rank, scaled
+from lowrank_sp.tensors.ranks import cp_rank
 
 # Numbers gathered at a time.
 _CHUNK = 2**22
@@ -102,17 +101,13 @@ def cp_completion(
     >>> bool((solution.value - truth).norm() < 1e-5 * truth.norm())
     True
     """
-    check_entries(entries)
+    data, unit = of_unit_size(entries)
     rank = cp_rank(rank, entries.shape)
     if entries.size == 0:
         raise ValueError("completion needs observed entries, got none")
     if not regularization >= 0:
         raise ValueError(f"regularization must be at least 0, got {regularization}")
-    like, norm = entries.values, entries.norm()
-    host = host_view(like)
-    values, unit = scaled(like if host is None else host, norm)
-    data = entries if values is like else TensorEntries(entries.indices, values, entries.shape)
-    norm = norm / unit
+    norm = data.norm()
     ridge = regularization * norm ** (2 - 2 / data.ndim)
 
     def step(state: _State) -> tuple[_State, float]:
@@ -125,7 +120,7 @@ def cp_completion(
         return _State(factors, state.factors, fitted), change
 
     def value(state: _State) -> CP:
-        factors = [moved(f, like) for f in state.factors]
+        factors = [moved(f, entries.values) for f in state.factors]
         weights, factors = CP.of_factors(factors).canonical()
         return CP(weights * unit, factors)
 
@@ -133,7 +128,7 @@ def cp_completion(
         step,
         _start(data, rank, init, rng, norm, unit),
         stop=stop,
-        dtype=values.dtype,
+        dtype=data.values.dtype,
         callback=callback,
         value=value,
     )

@@ -27,10 +27,12 @@ from lowrank_sp._arrays import (
     is_array,
     max_abs,
     namespace,
+    power_of_two,
     real_dtype,
     to_host,
 )
 from lowrank_sp.iterate import Solution
+from lowrank_sp.tensors.factored import on_host
 
 # Entries in a bucket, padding included.
 _BUCKET = 2**16
@@ -52,6 +54,17 @@ def check_entries(entries: Any) -> None:
             f"entries must be TensorEntries, got {type(entries).__name__}; TensorEntries.from_nan "
             "and TensorEntries.from_mask make them of tensors"
         )
+
+
+def of_unit_size(entries: TensorEntries) -> tuple[TensorEntries, float]:
+    """The entries over a power of two of about their size, on the host where they lie, and it.
+
+    Squares and products of them then stay in the range of the dtype.
+    """
+    check_entries(entries)
+    unit = power_of_two(entries.values)
+    values = on_host(entries.values) / unit
+    return TensorEntries(entries.indices, values, entries.shape), unit
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lowrank_sp._arrays import RNG, Array, adjoint, as_compute, device, from_host, namespace
+from lowrank_sp._arrays import RNG, Array, adjoint, as_compute, from_host, namespace, placed
 from lowrank_sp.updates.frames import left_times, times
 from lowrank_sp.updates.moments import Adam, Moments, init_pair, turn_pair
 from lowrank_sp.updates.rule import (
@@ -306,14 +306,7 @@ def low_rank_plus_sparse(
             f"values and support must have one length, got {values.shape[0]} and {support.shape[0]}"
         )
     m, n = up.shape[0], down.shape[1]
-    places = xp.arange(m * n, dtype=support.dtype, device=device(up))
-    # The standard cannot scatter: every place looks itself up among the sorted ones.
-    found = xp.searchsorted(support, places)
-    found = xp.where(found < support.shape[0], found, xp.zeros_like(found))
-    hit = xp.take(support, found) == places
-    sparse = xp.where(
-        hit, xp.take(values, found), xp.zeros((), dtype=values.dtype, device=device(up))
-    )
+    sparse = placed(values, support, m * n)
     return scale * (up @ down) + xp.reshape(sparse, (m, n))
 
 
