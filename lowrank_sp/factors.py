@@ -180,12 +180,12 @@ class LowRank(Factored):
     right: Array
 
     def __post_init__(self) -> None:
+        namespace(self.left, self.right)
         left, right = tuple(self.left.shape), tuple(self.right.shape)
         if len(left) < 2 or len(left) != len(right) or left[-1] != right[-2]:
             raise ValueError(
                 f"factors must have shapes (..., m, r) and (..., r, n), got {left} and {right}"
             )
-        namespace(self.left, self.right)
         if self.left.dtype != self.right.dtype:
             raise TypeError(
                 f"factors must have one dtype, got {dtype_name(self.left.dtype)} and "

@@ -800,6 +800,16 @@ def test_shared_adapters_in_peft(model, adapters, tmp_path):
     assert_peft_gives(model, tmp_path / "out" / "adapters" / "bob", updates, tmp_path)
 
 
+def test_diagonal_cores_have_all_columns_at_most(adapters, tmp_path):
+    report = checkpoint.share(
+        adapters, tmp_path / "out", method="diag", rank=9999, stop=Stop(max_iter=3)
+    )
+    for row in report.layers:
+        products = (parts(path).get(row.name) for path in adapters.values())
+        columns = sum(p.rank for p in products if p is not None)
+        assert f"rank {columns} is all there is" in row.note
+
+
 def test_steps_that_did_not_settle_are_noted(adapters, tmp_path):
     report = checkpoint.share(
         adapters, tmp_path / "out", method="diag", rank=2, stop=Stop(max_iter=1, tol=1e-9)

@@ -201,9 +201,10 @@ def _share(
     if "clusters" in options and options["clusters"] > len(products):
         options["clusters"] = len(products)
         notes.append(f"{len(products)} clusters, one an adapter")
-    if function is not serving.jd_diag:
-        rank, note = capped(rank, min(first.shape))
-        notes += [note] if note else []
+    # With diagonal cores, all factors side by side are bases that lose nothing.
+    columns = sum(product.rank for product in products.values())
+    rank, note = capped(rank, columns if function is serving.jd_diag else min(first.shape))
+    notes += [note] if note else []
     solution = function(
         list(products.values()),
         rank=rank,
