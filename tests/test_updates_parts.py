@@ -7,7 +7,7 @@ from cases import gaussian, orthonormal
 from scipy.linalg import solve_sylvester
 
 from lowrank_sp.gauge import balance, geometric_mean
-from lowrank_sp.updates import newton_schulz, polar
+from lowrank_sp.updates import LoRAMuon, inverse_root, newton_schulz, newton_schulz_root, polar
 from lowrank_sp.updates.frames import balance_of, frame, frames, gram, solve_left, solve_right
 from lowrank_sp.updates.projected import sylvester
 from lowrank_sp.updates.rule import Pair
@@ -239,3 +239,32 @@ def test_polar_of_a_deficient_block_is_a_partial_isometry():
     assert np.allclose(sizes, [1, 1, 0, 0], atol=1e-6)
     assert not np.any(polar(0 * x))
     assert not np.any(newton_schulz(0 * x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("condition", [1.0, 30.0])
+@pytest.mark.parametrize("root", [inverse_root, newton_schulz_root])
+def test_inverse_roots(root, condition, dtype):
+    x = stretched(40, 5, condition, dtype)
+    q = x @ root(x)
+    assert np.linalg.norm(adjoint(q) @ q - np.eye(5)) <= 100 * condition**2 * np.finfo(dtype).eps
+
+
+def test_inverse_root_of_zeros_is_finite():
+    assert np.all(np.isfinite(newton_schulz_root(np.zeros((4, 2), np.float32))))
+    assert not np.any(inverse_root(np.zeros((4, 2), np.float32)))
+
+
+def test_muon_by_matrix_products_alone_takes_nearly_the_same_step():
+    up, down = stretched(20, 3, 10.0), stretched(15, 3, 10.0, seed=1).T
+    g = gaussian(20, 15, seed=2)
+
+    def step(**parts):
+        rule = LoRAMuon(lr=0.1, **parts)
+        new = rule.step(up, down, g @ down.T, up.T @ g, rule.init(up, down))
+        return new[0] @ new[1] - up @ down
+
+    exact = step()
+    assert np.linalg.norm(step(root=newton_schulz_root) - exact) <= 1e-10 * np.linalg.norm(exact)
+    rough = step(root=newton_schulz_root, polar=newton_schulz)
+    assert np.linalg.norm(rough - exact) <= 0.35 * np.linalg.norm(exact)

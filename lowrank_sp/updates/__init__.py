@@ -58,7 +58,9 @@ from lowrank_sp.updates.scaled_gradient import Fira as Fira
 from lowrank_sp.updates.slots import SlotRule as SlotRule
 from lowrank_sp.updates.spectral import LoRAMuon as LoRAMuon
 from lowrank_sp.updates.spectral import Spectron as Spectron
+from lowrank_sp.updates.spectral import inverse_root as inverse_root
 from lowrank_sp.updates.spectral import newton_schulz as newton_schulz
+from lowrank_sp.updates.spectral import newton_schulz_root as newton_schulz_root
 from lowrank_sp.updates.spectral import polar as polar
 from lowrank_sp.updates.transported import LoFT as LoFT
 from lowrank_sp.updates.transported import LoRARite as LoRARite
