@@ -15,7 +15,8 @@ from lowrank_sp.adapters.forms import Form
 from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.peft.config import Config
-from lowrank_sp.checkpoint.peft.methods import METHODS, Method
+from lowrank_sp.checkpoint.peft.method import Method
+from lowrank_sp.checkpoint.peft.methods import METHODS
 from lowrank_sp.checkpoint.peft.parts import INTEGERS, Found, Place, Svd, hollow, read
 from lowrank_sp.checkpoint.tensors import CheckpointError, Tensor, read_header, read_metadata
 

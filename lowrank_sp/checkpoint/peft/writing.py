@@ -13,7 +13,8 @@ from lowrank_sp.adapters.forms import Form, Product
 from lowrank_sp.checkpoint.adapter import Adapter
 from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.peft.config import CONFIG
-from lowrank_sp.checkpoint.peft.methods import METHODS, Method
+from lowrank_sp.checkpoint.peft.method import Method
+from lowrank_sp.checkpoint.peft.methods import METHODS
 from lowrank_sp.checkpoint.peft.parts import Place, Svd, host
 from lowrank_sp.checkpoint.peft.reading import FINGERPRINT, ORDER, PREFIX, SHARED, WEIGHTS
 from lowrank_sp.checkpoint.tensors import CheckpointError, write_tensors
