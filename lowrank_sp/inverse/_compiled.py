@@ -69,7 +69,7 @@ def _gather(start, stop, cols, right, x):
 @jit
 def _grams(first, last, starts, cols, right, out):
     r = right.shape[1]
-    x, gram = workspace(right.shape[1], right)
+    x, gram = workspace(r, right)
     for i in range(first, last):
         gram[:] = 0
         for start in range(starts[i], starts[i + 1], PANEL):
@@ -105,40 +105,59 @@ def _solve(gram, x):
 
 
 @jit
+def _residual(values, row, x, count, residual):
+    """``residual = values - row @ x`` and the sum of its squares, by four rows at a time."""
+    for e in range(count):
+        residual[e] = values[e]
+    for k in range(0, len(x), 4):
+        f0, f1, f2, f3 = row[k], row[k + 1], row[k + 2], row[k + 3]
+        for e in range(count):
+            residual[e] -= f0 * x[k, e] + f1 * x[k + 1, e] + f2 * x[k + 2, e] + f3 * x[k + 3, e]
+    squares = 0.0
+    for e in range(count):
+        squares += residual[e].real * residual[e].real + residual[e].imag * residual[e].imag
+    return squares
+
+
+@jit
+def _add_correlations(x, residual, count, out):
+    """``out += conj(x) @ residual``, by four rows at a time."""
+    for k in range(0, len(x), 4):
+        s0, s1, s2, s3 = out[k], out[k + 1], out[k + 2], out[k + 3]
+        for e in range(count):
+            y = residual[e]
+            s0 += np.conj(x[k, e]) * y
+            s1 += np.conj(x[k + 1, e]) * y
+            s2 += np.conj(x[k + 2, e]) * y
+            s3 += np.conj(x[k + 3, e]) * y
+        out[k], out[k + 1], out[k + 2], out[k + 3] = s0, s1, s2, s3
+
+
+@jit
 def _least_squares(first, last, starts, cols, values, left, right, ridge, jitter, tiny, out, sums):
     r = right.shape[1]
-    x, gram = workspace(right.shape[1], right)
-    step, residual = np.empty(r, right.dtype), np.empty(PANEL, right.dtype)
+    x, gram = workspace(r, right)
+    row, step = np.zeros(len(x), right.dtype), np.empty(len(x), right.dtype)
+    residual = np.empty(PANEL, right.dtype)
     for i in range(first, last):
-        gram[:], step[:] = 0, 0
+        gram[:], step[:], row[:r] = 0, 0, left[i]
         squares = 0.0
         for start in range(starts[i], starts[i + 1], PANEL):
             stop = min(start + PANEL, starts[i + 1])
             count = stop - start
             _gather(start, stop, cols, right, x)
-            for e in range(count):
-                residual[e] = values[start + e]
-            for k in range(r):
-                factor = left[i, k]
-                for e in range(count):
-                    residual[e] -= factor * x[k, e]
-            for e in range(count):
-                squares += residual[e].real * residual[e].real + residual[e].imag * residual[e].imag
-            for k in range(r):
-                total = step[k]
-                for e in range(count):
-                    total += np.conj(x[k, e]) * residual[e]
-                step[k] = total
+            squares += _residual(values[start:stop], row, x, count, residual)
+            _add_correlations(x, residual, count, step)
             add_gram(x, count, gram)
         trace = 0.0
         for k in range(r):
             trace += gram[k, k].real
         for k in range(r):
-            step[k] -= ridge[i] * left[i, k]
+            step[k] -= ridge[i] * row[k]
             gram[k, k] += ridge[i] + jitter * trace + tiny
-        _solve(gram, step)
+        _solve(gram, step[:r])
         for k in range(r):
-            out[i, k] = left[i, k] + step[k]
+            out[i, k] = row[k] + step[k]
         sums[i] = squares
 
 
