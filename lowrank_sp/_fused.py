@@ -13,7 +13,6 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib import import_module
 from threading import Lock
-from typing import Any
 
 import numba as nb
 import numpy as np
@@ -248,31 +247,6 @@ def _run(w: np.ndarray, p: np.ndarray, y: np.ndarray, *, forward: bool) -> np.nd
     return z
 
 
-class _BlasOnOneThread:
-    """Context in which BLAS has one thread; may be entered from several threads at a time.
-
-    After a call the idle threads of a BLAS library spin for a while, on the very cores that the
-    compiled product is about to use.
-    """
-
-    def __init__(self) -> None:
-        self._entered = 0
-        self._controller = ThreadpoolController()
-        self._limit: Any = None
-
-    def __enter__(self) -> None:
-        with _LOCK:
-            self._entered += 1
-            if self._entered == 1:
-                self._limit = self._controller.limit(limits=1, user_api="blas")
-
-    def __exit__(self, *error: object) -> None:
-        with _LOCK:
-            self._entered -= 1
-            if self._entered == 0:
-                self._limit.restore_original_limits()
-
-
 def _start_threads() -> None:
     """Start the threads of numba, and leave the number of OpenMP's threads as it was.
 
@@ -287,4 +261,3 @@ def _start_threads() -> None:
 
 
 _start_threads()
-blas_on_one_thread = _BlasOnOneThread()

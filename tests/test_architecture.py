@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: Floors from the ground up; rooms on one floor do not import each other.
 FLOORS = [
-    ["_arrays", "_fused", "_panels", "tasks"],
+    ["_arrays", "_fused", "_panels", "_threads", "tasks"],
     ["operators", "gauge"],
     ["factors", "iterate"],
     ["linalg"],

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import lowrank_sp as lr
 from lowrank_sp._arrays import adjoint, eps, to_host
-from lowrank_sp.inverse import Entries, Pattern
+from lowrank_sp.inverse import Entries, Pattern, completion, synthetic
 from lowrank_sp.inverse._compiled import Compiled
 from lowrank_sp.inverse._kernels import Portable
 from lowrank_sp.testing import assert_adjoint
@@ -323,3 +324,24 @@ def test_no_entries(shape):
     entries = Entries(none, none, np.zeros(0), shape)
     assert not entries.check_identifiable(1).complete
     close(entries.to_dense(), np.zeros(shape))
+
+
+def blas_threads():
+    return {x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"}
+
+
+def test_blas_leaves_the_cores_to_compiled_kernels(monkeypatch):
+    monkeypatch.setattr("lowrank_sp.inverse._compiled._LARGE", 0)
+    problem = synthetic.completion(shape=(30, 25), rank=1, rng=0)
+    with threadpool_limits(3, user_api="blas"):
+        before, seen = blas_threads(), []
+
+        def callback(*_):
+            seen.append(blas_threads())
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            completion.als(problem.entries, rank=1, rng=0, callback=callback)
+        assert seen == [{1}, {1}]
+        assert blas_threads() == before

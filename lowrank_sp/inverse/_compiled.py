@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -18,9 +19,12 @@ import numpy as np
 
 from lowrank_sp._arrays import eps
 from lowrank_sp._panels import PANEL, add_gram, jit, workspace
+from lowrank_sp._threads import blas_on_one_thread
 
 # Multiplications below which threads do not pay.
 _SERIAL = 2**21
+# Entries from which kernels take most of the time.
+_LARGE = 2**18
 
 
 @jit
@@ -166,6 +170,9 @@ class Compiled:
 
     def __init__(self, pattern: Any):
         self.pattern = pattern
+
+    def session(self) -> AbstractContextManager[Any]:
+        return blas_on_one_thread if self.pattern.size > _LARGE else nullcontext()
 
     def sampled(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         p, left, right = self.pattern, _plain(left), _plain(right.T)

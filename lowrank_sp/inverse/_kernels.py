@@ -6,6 +6,7 @@ length and stacked into a bucket, so that a kernel is a gather and a batched pro
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -61,6 +62,10 @@ class Portable:
     @cached_property
     def _positions(self) -> tuple[Array, Array]:
         return self._indices(self.pattern.rows), self._indices(self.pattern.cols)
+
+    def session(self) -> AbstractContextManager[Any]:
+        """Context to enter around a series of calls."""
+        return nullcontext()
 
     def sampled(self, left: Array, right: Array) -> Array:
         """``(left @ right)[i, j]`` at every position, of shape ``(M,)``."""
@@ -197,6 +202,9 @@ class OnHost:
 
     def __init__(self, compiled: Any, like: Array):
         self._compiled, self._like = compiled, like[:0]
+
+    def session(self) -> AbstractContextManager[Any]:
+        return self._compiled.session()
 
     def sampled(self, left: Array, right: Array) -> Array:
         return self._moved(self._compiled.sampled(to_host(left), to_host(right)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -168,6 +169,9 @@ class Entries(LinearOperator):
 
     def rmatmul(self, x: Array) -> Array:
         return self._kernels.rmatmul(self._values, x)
+
+    def session(self) -> AbstractContextManager[Any]:
+        return self._kernels.session()
 
     def norm(self) -> float:
         return frobenius(self._values)

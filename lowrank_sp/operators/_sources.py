@@ -25,6 +25,7 @@ from lowrank_sp._arrays import (
     namespace,
     standard_normal,
 )
+from lowrank_sp._threads import blas_on_one_thread
 from lowrank_sp.operators._base import LinearOperator
 
 # Rows read at a time from data that is not multiplied in place.
@@ -104,9 +105,7 @@ class Dense(LinearOperator):
     def session(self) -> AbstractContextManager[Any]:
         if not self.one_read:
             return super().session()
-        from lowrank_sp import _fused
-
-        return _fused.blas_on_one_thread
+        return blas_on_one_thread
 
     def norm(self) -> float:
         return frobenius(self.array)

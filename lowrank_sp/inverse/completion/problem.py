@@ -172,14 +172,15 @@ class Problem:
         """
         if frobenius(self.entries.values) == 0.0:
             return Solution(self.restore(self.zero()), True, "the entries are all zero", 0, ())
-        solution = iterate(
-            step,
-            state,
-            stop=stop,
-            dtype=self.entries.dtype,
-            callback=callback,
-            value=lambda state: self.restore(value(state)),
-        )
+        with self.entries.session():
+            solution = iterate(
+                step,
+                state,
+                stop=stop,
+                dtype=self.entries.dtype,
+                callback=callback,
+                value=lambda state: self.restore(value(state)),
+            )
         return with_residual(solution, self.relative_residual(solution.value), "on the entries")
 
     def relative_residual(self, x: Factored) -> float:
