@@ -9,7 +9,7 @@ import numpy as np
 from lowrank_sp._arrays import RNG, adjoint, eps, frobenius, is_array, namespace, standard_normal
 from lowrank_sp.factors import LowRank
 from lowrank_sp.linalg.spectrum import principal_angles
-from lowrank_sp.operators import LinearOperator, as_operator
+from lowrank_sp.operators import as_operator
 
 
 def assert_adjoint(a: Any, *, columns: int = 3, rng: RNG = 0) -> None:
@@ -101,11 +101,12 @@ def assert_same_subspace(u: Any, v: Any, *, tol: float | None = None) -> None:
 
 
 def relative_error(a: Any, truth: Any) -> float:
-    """``||a - truth||_F / ||truth||_F`` of two matrices, dense or factored.
+    """``||a - truth||_F / ||truth||_F`` of matrices or tensors, dense or factored.
 
     Parameters
     ----------
-    a, truth : array, LowRank or SVD
+    a, truth : array, LowRank, SVD, or a tensor such as Tucker, CP or TT
+        Where one is dense, so is the difference.
 
     Examples
     --------
@@ -120,4 +121,4 @@ def relative_error(a: Any, truth: Any) -> float:
 
 
 def _dense(a: Any) -> Any:
-    return a.to_dense() if isinstance(a, LinearOperator) else a
+    return a if is_array(a) else a.to_dense()

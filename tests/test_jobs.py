@@ -530,6 +530,34 @@ def test_kohya_and_back(model, adapters, tmp_path):
     assert {row.rank for row in report.layers} == {1}
 
 
+@pytest.mark.parametrize("known", ["by the adapter", "by the name of its base", "to nobody"])
+def test_files_of_kohya_know_their_base(known, model, tmp_path):
+    """As PEFT saves what it trained, an adapter of PiSSA has the name of its residual base only."""
+    checkpoint.initialize(model, "pissa", tmp_path / "pissa", rank=2)
+    trained = read_adapter(tmp_path / "pissa" / "adapter")
+    right = trained.fingerprint
+    if known != "by the adapter":
+        trained = replace(trained, fingerprint=None)
+    if known == "to nobody":
+        trained = replace(trained, base="hub/residual")
+    (tmp_path / "trained").mkdir()
+    checkpoint.write_adapter(tmp_path / "trained", trained)
+    said = {"prefix": "lora_te"}
+    report = checkpoint.convert(tmp_path / "trained", tmp_path / "kohya", to="kohya", **said)
+    file = tmp_path / "kohya" / "adapter.safetensors"
+    checkpoint.convert(file, tmp_path / "right", base=tmp_path / "pissa" / "base", **said)
+    again = read_adapter(tmp_path / "right" / "adapter")
+    assert again.base == trained.base
+    if known == "to nobody":
+        assert list(report.notes.values()) == [["hub/residual"]]
+        assert again.fingerprint is None
+        return
+    assert not report.notes
+    assert again.fingerprint == right
+    with pytest.raises(CheckpointError, match="whose tensors are not those of"):
+        checkpoint.convert(file, tmp_path / "wrong", base=model, **said)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -196,6 +196,23 @@ def test_the_size_of_the_data_does_not_matter(solver, dtype, size):
     assert np.array_equal(found.to_dense() / np.asarray(power, dtype), plain.to_dense())
 
 
+@pytest.mark.parametrize(
+    ("solver", "dof"),
+    # Of rank 3: core and factors, cores without gauges, weights and unit columns.
+    [
+        (tensors.tucker_completion, lambda a, b, c: 27 + 3 * (a + b + c - 9)),
+        (tensors.tt_completion, lambda a, b, c: 3 * a + 9 * b + 3 * c - 18),
+        (tensors.cp_completion, lambda a, b, c: 3 * (a + b + c - 2)),
+    ],
+)
+def test_fewer_entries_than_degrees_of_freedom_are_refused(solver, dof):
+    e = observed(NUMPY, tucker_truth(), 0.9)
+    least = dof(*e.shape)
+    few = TensorEntries(e.indices[: least - 1], e.values[: least - 1], e.shape)
+    with pytest.raises(ValueError, match=f"{least} degrees of freedom, got {least - 1} entries"):
+        solver(few, rank=3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_withheld_entries_tell_the_error(method):
     solve, truth = METHODS[method]
@@ -222,7 +239,7 @@ def test_ridge_bounds_what_too_few_entries_leave_open():
     e = observed(NUMPY, train_truth(), 0.03)
     free, bound = (
         tensors.tt_completion(e, rank=3, rng=0, ridge=rho, stop=Stop(max_iter=20)).value
-        for rho in (0.0, 1e-2)
+        for rho in (1e-8, 1e-2)
     )
     assert bound.norm() < free.norm()
 

@@ -16,15 +16,16 @@ def product_of(adapter: Any, name: str) -> Product:
     Of other forms, whose factors are not the whole update, the update is asked for. ``name`` is
     that of the adapter in errors.
     """
+    kind, hint = type(adapter).__name__, ""
     if isinstance(adapter, Form) and not isinstance(adapter, Product):
-        adapter = adapter.delta()
+        adapter, hint = adapter.delta(), "; convert it by .to_lora()"
     if isinstance(adapter, LowRank):
         up, down, scale = adapter.left, adapter.right, 1.0
     elif all(hasattr(adapter, part) for part in ("up", "down", "scale")):
         up, down, scale = adapter.up, adapter.down, float(adapter.scale)
     else:
         raise TypeError(
-            f"{name} must have up, down and scale, or be a LowRank, got {type(adapter).__name__}"
+            f"{name} must have up, down and scale, or be a LowRank, got {kind}{hint}"
         )
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(

@@ -74,16 +74,24 @@ def base_mismatch(model: Checkpoint, *, base: str | None, fingerprint: str | Non
     base, fingerprint : str, optional
         As in :class:`Adapter`.
     """
-    wanted = _fingerprint_of(base, model) if fingerprint is None else fingerprint
+    if fingerprint is None and isinstance(base, str) and _is_one_place(base, str(model.path)):
+        return None
+    wanted = base_fingerprint(base=base, fingerprint=fingerprint)
     if wanted is None or wanted == model.fingerprint():
         return None
     return f"made for {base or 'another base'}, whose tensors are not those of {model.path}"
 
 
-def _fingerprint_of(base: str | None, model: Checkpoint) -> str | None:
-    """Of another model on this machine, by its name."""
-    if not isinstance(base, str) or not Path(base).exists() or Path(base).samefile(model.path):
-        return None
+def base_fingerprint(*, base: str | None, fingerprint: str | None) -> str | None:
+    """That of an adapter, or else of its base, if that is found on this machine under its name.
+
+    Parameters
+    ----------
+    base, fingerprint : str, optional
+        As in :class:`Adapter`.
+    """
+    if fingerprint is not None or not isinstance(base, str) or not Path(base).exists():
+        return fingerprint
     try:
         return Checkpoint(base).fingerprint()
     except CheckpointError:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lowrank_sp._arrays import frobenius
 from lowrank_sp.adapters import algebra
 from lowrank_sp.adapters.forms import Form, Product
-from lowrank_sp.checkpoint.adapter import Adapter, check_base, check_same_base
+from lowrank_sp.checkpoint.adapter import Adapter, base_fingerprint, check_base, check_same_base
 from lowrank_sp.checkpoint.job import (
     Adapted,
     Progress,
@@ -72,7 +72,8 @@ def convert(
         kohya, whose names of modules are told by it. With ``start``, the original model; by default
         the one in the report of the initialization.
     to : {"peft", "kohya"}
-        How to write it: a directory of PEFT, or a file with the names of kohya.
+        How to write it: a directory of PEFT, or a file with the names of kohya. A fingerprint that
+        PEFT dropped in training is computed for that, if the base that the adapter names is here.
     prefix : str, optional
         For files of kohya, read or written, which need it: the beginning of their names, such as
         ``lora_unet``.
@@ -129,6 +130,9 @@ def convert(
 
         function = _subtract
     with output(out, inputs, overwrite=overwrite) as folder:
+        notes: dict[str, list[str]] = {}
+        if to == "kohya":
+            trained, notes = _recognizable(trained)
         found, rows = adapt(
             function,
             trained.layers,
@@ -144,7 +148,7 @@ def convert(
             assert prefix is not None
             write_kohya(folder / "adapter.safetensors", lora, prefix=prefix)
         options = {"to": to, "prefix": prefix, "rank": rank, "tol": tol}
-        return save_report(folder, "convert", inputs, options, rows)
+        return save_report(folder, "convert", inputs, options, rows, notes)
 
 
 def _read(path: Path, model: Checkpoint | None, prefix: str | None) -> Adapter:
@@ -152,7 +156,19 @@ def _read(path: Path, model: Checkpoint | None, prefix: str | None) -> Adapter:
         return read_adapter(path, model=model)
     assert prefix is not None
     adapter = read_kohya(path, prefix=prefix, modules=model, model=model)
-    return replace(adapter, base=None if model is None else str(final_path(model.path)))
+    if adapter.base is not None or model is None:
+        return adapter
+    return replace(adapter, base=str(final_path(model.path)))
+
+
+def _recognizable(adapter: Adapter) -> tuple[Adapter, dict[str, list[str]]]:
+    """With the fingerprint of its base, or a note where that cannot be known."""
+    found = base_fingerprint(base=adapter.base, fingerprint=adapter.fingerprint)
+    alone = [] if found is not None or adapter.base is None else [adapter.base]
+    return replace(adapter, fingerprint=found), {
+        "base recorded by its name alone, as it is not on this machine; the file is for no other "
+        "base": alone
+    }
 
 
 class _Origin(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 
 from lowrank_sp._arrays import as_compute, frobenius
 from lowrank_sp.adapters import federated
+from lowrank_sp.adapters._products import check_alike
 from lowrank_sp.adapters.federated import Aggregate
 from lowrank_sp.adapters.forms import Product
 from lowrank_sp.checkpoint.adapter import Adapter, check_base
@@ -53,6 +54,8 @@ AGGREGATES: dict[str, Callable[..., Aggregate | tuple[Aggregate, ...]]] = {
 
 # Those with a correction of the base.
 _CORRECTING = ("flora", "fedex")
+# Those for clients of different ranks and scales.
+_MIXING = ("flexlora", "flora", "flora_na")
 
 
 def federate(
@@ -134,6 +137,8 @@ def federate(
 
     def arguments(name: str) -> tuple[Any, ...]:
         products = read_products(sources, name)
+        if method not in _MIXING:
+            _check_alike(products, name)
         place = places.get(name)
         return AGGREGATES[method], products, weights, options, children[name], place
 
@@ -192,6 +197,15 @@ def _check_same_layers(sources: Mapping[str, Adapter], layers: Sequence[str]) ->
                 f"{missing[0]}: all clients must have the same layers, but {name} lacks it "
                 f"({len(missing)} such)"
             )
+
+
+def _check_alike(products: Mapping[str, Product], layer: str) -> None:
+    try:
+        check_alike(list(products.values()), "client", ("rank", "scale"), list(products))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{layer}: {error}; {', '.join(_MIXING)} take clients of different ranks and scales"
+        ) from error
 
 
 def _checked_base(

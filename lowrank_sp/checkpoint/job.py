@@ -129,7 +129,7 @@ def seeds(seed: Any, layers: Sequence[str]) -> dict[str, np.random.SeedSequence]
 def check_choice(name: str, choices: Collection[str], what: str) -> str:
     """``name`` if it is one of the choices; the error gives the closest."""
     if name not in choices:
-        close = get_close_matches(name.lower().replace("-", "_"), choices, n=1)
+        close = get_close_matches(name.lower().replace("-", "_"), choices, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise OptionError(f"{what} must be one of {', '.join(choices)}, got {name!r}{hint}")
     return name

@@ -27,6 +27,7 @@ from lowrank_sp.checkpoint.model import Checkpoint
 from lowrank_sp.checkpoint.peft.config import Config, plain
 from lowrank_sp.checkpoint.peft.lycoris import save_loha, save_lokr
 from lowrank_sp.checkpoint.peft.parts import Place, host, made
+from lowrank_sp.checkpoint.peft.reading import FINGERPRINT
 from lowrank_sp.checkpoint.tensors import (
     CheckpointError,
     Tensor,
@@ -52,6 +53,8 @@ _LEFT, _RIGHT = (((f"lokr_w{i}",), (f"lokr_w{i}_a", f"lokr_w{i}_b")) for i in (1
 _ENDS = (*_SYNONYMS, *_LORA, "lora_mid.weight", *_LOHA, *_LOKR, "alpha", "dora_scale")
 #: What the metadata call the configuration of an adapter of diffusers.
 _DIFFUSERS = "lora_adapter_metadata"
+#: What ours call the name of the base, beside its fingerprint.
+_BASE = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def read_kohya(
     Returns
     -------
     Adapter
-        Without a name of its base, which such files do not have. Factors of convolutions with a
-        middle tensor are multiplied out.
+        With the name and the fingerprint of its base where :func:`write_kohya` wrote them; other
+        files have none. Factors of convolutions with a middle tensor are multiplied out.
 
     Raises
     ------
@@ -126,7 +129,8 @@ def read_kohya(
         layers[name], kernel = _read(path, _Layer(arrays, Place(name, "DoRA", model), config))
         if kernel:
             kernels[name] = kernel
-    return Adapter(layers, kernels=kernels)
+    metadata = read_metadata(path)
+    return Adapter(layers, metadata.get(_BASE), metadata.get(FINGERPRINT), kernels=kernels)
 
 
 class _Names:
@@ -262,7 +266,8 @@ def write_kohya(path: str | Path, adapter: Adapter, *, prefix: str) -> None:
         Of the ``.safetensors`` file.
     adapter : Adapter
         Of plain LoRA, DoRA, LoHa or LoKr. A LoKr of two unfactored matrices, for which LyCORIS
-        knows no scale, has its scale multiplied into the first.
+        knows no scale, has its scale multiplied into the first. The name and the fingerprint of its
+        base stand in the metadata.
     prefix : str
         As in :func:`read_kohya`: ``lora_unet``, ``lora_te``, ..., or ``lycoris``.
 
@@ -290,6 +295,7 @@ def write_kohya(path: str | Path, adapter: Adapter, *, prefix: str) -> None:
         ranks.append(rank)
         alphas.append(alpha)
     plain_lora = kinds <= {"lora"}
+    base = {_BASE: adapter.base, FINGERPRINT: adapter.fingerprint}
     write_tensors(
         Path(path),
         tensors,
@@ -298,6 +304,7 @@ def write_kohya(path: str | Path, adapter: Adapter, *, prefix: str) -> None:
             "ss_network_dim": str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic",
             "ss_network_alpha": str(alphas[0]) if len(set(alphas)) == 1 else "Dynamic",
             **({} if plain_lora else {"ss_network_args": json.dumps({"algo": min(kinds)})}),
+            **{key: value for key, value in base.items() if value is not None},
         },
     )
 

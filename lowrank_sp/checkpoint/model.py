@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if (self.path / "adapter_config.json").exists():
-            raise CheckpointError(f"{self.path}: an adapter, not a model; pass the base model")
+            raise CheckpointError(f"{self.path}: an adapter, not a model; pass a model's directory")
         self.files = self._weight_files()
         self.tensors: dict[str, Tensor] = {}
         for file in self.files:
@@ -168,11 +169,11 @@ class Checkpoint:
         chosen = [n for n in names if (pattern.search(n) if pattern else not _NOT_LINEAR.search(n))]
         if not chosen:
             which = f"targets {targets!r} match no linear layer" if targets else "no linear layer"
-            some = f"for example {', '.join(names[:3])}" if names else "none"
+            some = _nearest(targets or "", names)
             hint = ""
             if targets and "," in targets:
                 hint = f"; in a regular expression, | means or: {targets.replace(',', '|')}"
-            raise CheckpointError(f"{self.path}: {which}; its matrices: {some}{hint}")
+            raise CheckpointError(f"{self.path}: {which}; {some}{hint}")
         return [self.layer(name, fan_in_fan_out=fan_in_fan_out) for name in chosen]
 
     def layer(self, name: str, *, fan_in_fan_out: bool | None = None) -> Layer:
@@ -224,3 +225,13 @@ class Checkpoint:
             for block in tensor.blocks():
                 total.update(block)
         return f"sha256:{total.hexdigest()}"
+
+
+def _nearest(targets: str, names: list[str]) -> str:
+    """Names of layers like the one that was meant, or some of the matrices that there are."""
+    layers = [name for name in names if not _NOT_LINEAR.search(name)]
+    known = dict.fromkeys(part for name in layers for part in (name.rpartition(".")[2], name))
+    if near := get_close_matches(targets, known):
+        return f"the nearest names are {', '.join(near)}"
+    some = (layers or names)[:3]
+    return f"its matrices: {'for example ' + ', '.join(some) if some else 'none'}"

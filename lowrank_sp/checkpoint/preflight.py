@@ -24,6 +24,7 @@ from lowrank_sp.checkpoint.tensors import (
 
 #: Values that vLLM allows for ``max_lora_rank``.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_RANK = 16
 # Initializers that change the base weight when PEFT loads an adapter that names them.
 _MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB](?:\.weight)?")
@@ -86,7 +87,7 @@ def preflight(
     *,
     engine: str,
     model: Checkpoint | None = None,
-    max_lora_rank: int = 16,
+    max_lora_rank: int | None = None,
 ) -> list[Finding]:
     """What PEFT or vLLM would refuse, or get wrong, of an adapter; nothing if all is well.
 
@@ -99,8 +100,8 @@ def preflight(
         The base that the adapter shall be used with. Layers and shapes are then compared, and
         whether it is the base that the adapter was made for:
         :func:`~lowrank_sp.checkpoint.adapter.base_mismatch`.
-    max_lora_rank : int
-        What vLLM will be started with; 16 is its default.
+    max_lora_rank : int, optional
+        What vLLM will be started with, by default 16, as it has it; other engines have none.
 
     Returns
     -------
@@ -113,7 +114,10 @@ def preflight(
         If a file is missing or unreadable, or an argument is none that the engine takes.
     """
     check_choice(engine, _CHECKS, "engine")
-    if engine == "vllm" and max_lora_rank not in VLLM_RANKS:
+    if engine != "vllm" and max_lora_rank is not None:
+        raise OptionError(f"max_lora_rank is for vllm only, got {max_lora_rank} for {engine}")
+    max_lora_rank = _VLLM_RANK if max_lora_rank is None else max_lora_rank
+    if max_lora_rank not in VLLM_RANKS:
         raise OptionError(
             f"max_lora_rank must be one of {', '.join(map(str, VLLM_RANKS))}, got {max_lora_rank}"
         )

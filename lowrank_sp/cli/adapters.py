@@ -177,7 +177,9 @@ def check(
     adapter: Adapter,
     engine: Annotated[str, typer.Option(help="What shall load it: peft or vllm.")] = "peft",
     base: Annotated[Path | None, typer.Option(help="The base model, to compare layers.")] = None,
-    max_lora_rank: Annotated[int, typer.Option(help="What vLLM will be started with.")] = 16,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(help="What vLLM will be started with; 16 by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what an engine would refuse, or get wrong, of an adapter."""

@@ -22,7 +22,7 @@ from lowrank_sp._arrays import (
 )
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.linalg.svd import randomized_svd
-from lowrank_sp.tensors.entries import TensorEntries, of_unit_size, with_gaps
+from lowrank_sp.tensors.entries import TensorEntries, check_enough, of_unit_size, with_gaps
 from lowrank_sp.tensors.factored import moved, on_host
 from lowrank_sp.tensors.hosvd import st_hosvd
 from lowrank_sp.tensors.modes import multi_mode_dot
@@ -80,6 +80,11 @@ def tucker_completion(
         withheld by :meth:`TensorEntries.split`. ``converged`` is False where an index has no entry;
         the ``reason`` names it.
 
+    Raises
+    ------
+    ValueError
+        If the ranks have more degrees of freedom than there are entries.
+
     Notes
     -----
     ``O(M N prod(r))`` flops a sweep for ``M`` entries.
@@ -98,6 +103,8 @@ def tucker_completion(
     entries, unit = of_unit_size(entries)
     size = entries.norm()
     ranks = tucker_rank(rank, entries.shape)
+    sides = zip(entries.shape, ranks, strict=True)
+    check_enough(entries, math.prod(ranks) + sum(r * (n - r) for n, r in sides))
 
     def sweep(t: Tucker) -> tuple[Tucker, float]:
         for mode in range(t.ndim):
@@ -173,6 +180,12 @@ def tt_completion(
         ``value`` is a :class:`TT`, right-orthogonal up to its first core. ``converged`` is False
         where an index has no entry; the ``reason`` names it.
 
+    Raises
+    ------
+    ValueError
+        If the ranks have more degrees of freedom than there are entries, unless a ridge settles
+        them.
+
     Notes
     -----
     ``O(M N r^4)`` flops a sweep for ``M`` entries :cite:p:`grasedyck2015variants`.
@@ -191,6 +204,10 @@ def tt_completion(
     entries, unit = of_unit_size(entries)
     size = entries.norm()
     ranks = tt_rank(rank, entries.shape)
+    if ridge == 0:
+        cores = zip(ranks[:-1], entries.shape, ranks[1:], strict=True)
+        gauges = sum(r**2 for r in ranks[1:-1])
+        check_enough(entries, sum(r * n * s for r, n, s in cores) - gauges)
     mirror = TensorEntries(entries.indices[:, ::-1], entries.values, entries.shape[::-1])
 
     def sweep(train: TT) -> tuple[TT, float]:

@@ -23,7 +23,7 @@ from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.tensors.alternating import balanced, gram_of, moved, with_degeneracy
 from lowrank_sp.tensors.cp import CP
 from lowrank_sp.tensors.cp_start import given_factors, random_factors
-from lowrank_sp.tensors.entries import TensorEntries, of_unit_size, with_gaps
+from lowrank_sp.tensors.entries import TensorEntries, check_enough, of_unit_size, with_gaps
 from lowrank_sp.tensors.line_search import lowest, squares_along, times_line
 from lowrank_sp.tensors.ranks import cp_rank
 
@@ -85,7 +85,8 @@ def cp_completion(
     Raises
     ------
     ValueError
-        If there are no entries, ``rank`` is no number of terms, or ``init`` does not fit.
+        If there are no entries, ``rank`` is no number of terms, or ``init`` does not fit. Without
+        regularization also if the terms have more degrees of freedom than there are entries.
 
     Notes
     -----
@@ -107,6 +108,8 @@ def cp_completion(
         raise ValueError("completion needs observed entries, got none")
     if not regularization >= 0:
         raise ValueError(f"regularization must be at least 0, got {regularization}")
+    if regularization == 0:
+        check_enough(data, rank * (sum(data.shape) - data.ndim + 1))
     norm = data.norm()
     ridge = regularization * norm ** (2 - 2 / data.ndim)
 

@@ -56,6 +56,15 @@ def check_entries(entries: Any) -> None:
         )
 
 
+def check_enough(entries: TensorEntries, dof: int) -> None:
+    """Raise if there are fewer entries than degrees of freedom."""
+    if entries.size < dof:
+        raise ValueError(
+            f"a tensor of this rank has {dof} degrees of freedom, got {entries.size} entries; "
+            "lower the rank"
+        )
+
+
 def of_unit_size(entries: TensorEntries) -> tuple[TensorEntries, float]:
     """The entries over a power of two of about their size, on the host where they lie, and it.
 

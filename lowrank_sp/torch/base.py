@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lowrank_sp.torch.batches import AnyItem, Batch, all_finite, batches
+from lowrank_sp.updates.full_weight import ProjectedRule
+from lowrank_sp.updates.rule import Rule
 
 #: What ``torch.optim.AdamW`` takes by default.
 _ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+_OPTIMIZERS = {Rule: "FactorOptimizer", ProjectedRule: "ProjectedOptimizer"}
 
 
 class BatchedOptimizer(torch.optim.Optimizer, ABC, Generic[AnyItem]):
@@ -214,6 +217,19 @@ def as_groups(given: Iterable[Any], key: str) -> list[dict[str, Any]]:
     given = list(given)
     groups = given if given and isinstance(given[0], dict) else [{key: given}]
     return [{**group, key: list(group[key])} for group in groups if group[key]]
+
+
+def check_rule(rule: Any, kind: type) -> None:
+    """Raise unless it is a rule of that kind; the error names the optimizer of the other kind."""
+    if isinstance(rule, type):
+        name = rule.__name__
+        raise TypeError(f"rule must be an instance, got the class {name}; pass {name}()")
+    if not isinstance(rule, kind):
+        made_for = [name for other, name in _OPTIMIZERS.items() if isinstance(rule, other)]
+        hint = f"use {made_for[0]}" if made_for else "see lowrank_sp.updates"
+        raise TypeError(
+            f"{_OPTIMIZERS[kind]} takes a {kind.__name__}, got {type(rule).__name__}; {hint}"
+        )
 
 
 def name_of(rule: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_sp.torch.base import BatchedOptimizer, as_groups, name_of
+from lowrank_sp.torch.base import BatchedOptimizer, as_groups, check_rule, name_of
 from lowrank_sp.torch.batches import Batch, replicating
 from lowrank_sp.torch.pairs import ParameterPair
 from lowrank_sp.updates.rule import Rule
@@ -40,6 +40,8 @@ class FactorOptimizer(BatchedOptimizer[ParameterPair]):
 
     Raises
     ------
+    TypeError
+        If the rule is a class, or one for :class:`ProjectedOptimizer`.
     ValueError
         If there is no pair, if two pairs share a factor, if a factor is frozen under a rule that
         only moves both (``rule.joint``), or if a core stands between the factors under a rule for
@@ -81,6 +83,7 @@ class FactorOptimizer(BatchedOptimizer[ParameterPair]):
         others: Iterable[nn.Parameter] | Iterable[dict[str, Any]] = (),
         compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
+        check_rule(rule, Rule)
         groups = as_groups(pairs, "pairs")
         if not any(group["pairs"] for group in groups):
             raise ValueError("FactorOptimizer needs at least one pair; see lora_pairs(model)")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lowrank_sp.torch.base import BatchedOptimizer, as_groups
+from lowrank_sp.torch.base import BatchedOptimizer, as_groups, check_rule
 from lowrank_sp.torch.batches import Batch, gathered, replicating
 from lowrank_sp.updates.full_weight import ProjectedRule
 from lowrank_sp.updates.rule import nowhere
@@ -71,6 +71,8 @@ class ProjectedOptimizer(BatchedOptimizer[ParameterWeight]):
 
     Raises
     ------
+    TypeError
+        If the rule is a class, or one for :class:`FactorOptimizer`.
     ValueError
         If no matrix is among ``params``, or if the rank is too large for one, which is named.
 
@@ -115,6 +117,7 @@ class ProjectedOptimizer(BatchedOptimizer[ParameterWeight]):
         others: Iterable[nn.Parameter] | Iterable[dict[str, Any]] = (),
         compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
+        check_rule(rule, ProjectedRule)
         groups, rest = _weights(params)
         if not groups:
             raise ValueError(

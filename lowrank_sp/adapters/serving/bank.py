@@ -124,11 +124,14 @@ class AdapterBank:
 
     def ids(self, names: Sequence[str | None]) -> np.ndarray:
         """Ids of names, -1 for None."""
+        if isinstance(names, str):
+            raise TypeError(f"names must be a sequence, got {names!r}; pass a list of names")
         return np.array([-1 if name is None else self._id(name) for name in names], dtype=int)
 
     def _id(self, name: str) -> int:
         if name not in self.names:
-            raise KeyError(f"no adapter {name!r} in the bank; it has {', '.join(self.names[:5])}")
+            some = ", ".join(map(repr, self.names[:5]))
+            raise KeyError(f"no adapter {name!r} in the bank; names are strings, such as {some}")
         return self.names.index(name)
 
     def map(self, function: Callable[[Array], Any]) -> AdapterBank:
