@@ -1,6 +1,7 @@
 """Checkpoints on disk: read, initialized, verified and written without PyTorch."""
 
 from lowrank_sp.checkpoint.adapter import Adapter as Adapter
+from lowrank_sp.checkpoint.adapter import base_fingerprint as base_fingerprint
 from lowrank_sp.checkpoint.adapter import base_mismatch as base_mismatch
 from lowrank_sp.checkpoint.adapter import check_base as check_base
 from lowrank_sp.checkpoint.adapter import check_same_base as check_same_base
