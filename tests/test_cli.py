@@ -376,6 +376,9 @@ def test_check_says_what_engines_refuse(adapters, monkeypatch, capsys):
     findings = json.loads(out)["findings"]
     assert code == 1
     assert any(f["severity"] == "error" and "rank" in f["message"] for f in findings)
+    only = ("peft", "--max-lora-rank", 8)
+    line = errors(*arguments, *only, monkeypatch=monkeypatch, capsys=capsys, status=2)
+    assert "max_lora_rank is for vllm only, got 8 for peft" in line
     line = errors(*arguments, "vlm", monkeypatch=monkeypatch, capsys=capsys, status=2)
     assert "engine must be one of peft, vllm, got 'vlm'; did you mean vllm?" in line
 
@@ -433,6 +436,7 @@ def test_help_lists_everything():
         (("merge", "tie", "{ann}"), "ties"),
         (("share", "cluster", "{ann}", "--rank", 2), "clustered"),
         (("federate", "flexlor", "{ann}"), "flexlora"),
+        (("federate", "fedavg", "{ann}"), "fedit"),
         (("resize", "{ann}", "--rule", "sv_ration", "--threshold", 2), "sv_ratio"),
         (("quantize", "{model}", "--to", "nf3"), "nf4"),
         (("quantize", "{model}", "--compensate", "lqlora", "--rank", 2), "lq_lora"),
@@ -490,6 +494,16 @@ def test_the_closest_name_is_given(
             "in a regular expression, | means or: q_proj|v_proj\n",
             1,
         ),
+        (
+            ("init", "pissa", "{model}", "--rank", "2", "--targets", "q_prj"),
+            "match no linear layer; the nearest names are q_proj",
+            1,
+        ),
+        (
+            ("extract", "{ann}", "{model}", "--rank", "2"),
+            "an adapter, not a model; pass a model's directory\n",
+            1,
+        ),
         (("init", "pissa", "{model}", "--rank", "49"), "rank must be in 1..48 for shape", 1),
     ],
 )
@@ -502,6 +516,18 @@ def test_errors_name_the_remedy_and_leave_nothing(
     line = errors(*filled, "--out", "out", monkeypatch=monkeypatch, capsys=capsys, status=status)
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_clients_of_different_ranks_are_named(adapters, tmp_path, monkeypatch, capsys):
+    checkpoint.resize(adapters[1], tmp_path / "bob", rank=1)
+    clients = (f"ann={adapters[0]}", f"bob={tmp_path / 'bob' / 'adapter'}")
+    arguments = (*clients, "--out", tmp_path / "out")
+    line = errors("federate", "fedex", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert "must have one rank, got 3 and, of client bob, 1; flexlora, flora, flora_na take" in line
+    for method in ("flexlora", "flora", "flora_na"):
+        out = ("--out", tmp_path / method)
+        code, _, _ = run("federate", method, *clients, *out, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0
 
 
 def test_verify_says_what_it_verifies(adapters, model, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import torch
 from cases import gaussian
 
 from lowrank_sp import LowRank, Stop
-from lowrank_sp.adapters.forms import Product
+from lowrank_sp.adapters.forms import Product, RowMagnitude
 from lowrank_sp.adapters.quantize import double, int_symmetric, nf4
 from lowrank_sp.adapters.serving import (
     AdapterBank,
@@ -203,6 +203,10 @@ def test_a_bank_gives_its_adapters_back():
         ),
         ({"b": Product(*(np.ones(s, np.float32) for s in ((M, 1), (1, N))))}, "adapter b, float32"),
         ({"b": 3.0}, "adapter b must have up, down and scale"),
+        (
+            {"b": RowMagnitude.create(np.ones((M, N)), 2)},
+            r"adapter b must have .*, got RowMagnitude; convert it by \.to_lora\(rank\)\.form",
+        ),
         ({"b": Product(torch.ones((M, 2)), torch.ones((2, N)))}, "one array library"),
     ],
 )
@@ -226,6 +230,10 @@ def test_what_apply_refuses():
         served.apply(np.ones((3, N + 1)), [0, 1, 2])
     with pytest.raises(KeyError, match="no adapter 'z' in the bank"):
         served.ids(["z"])
+    with pytest.raises(KeyError, match=r"no adapter 0 in the bank; names are strings, .* '0', '1'"):
+        served.ids([0])
+    with pytest.raises(TypeError, match="got '10'; pass a list of names"):
+        served.ids("10")
     with pytest.raises(ValueError, match="at least one adapter"):
         AdapterBank.of([])
 

@@ -311,6 +311,21 @@ def test_bad_parameters():
         ProjectedOptimizer([("a", weight), ("b", weight)], GaLore(rank=1))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "message"),
+    [
+        (ProjectedOptimizer, GaLore, r"got the class GaLore; pass GaLore\(\)"),
+        (FactorOptimizer, LORO, r"got the class LORO; pass LORO\(\)"),
+        (ProjectedOptimizer, LORO(lr=0.01), "takes a ProjectedRule, got LORO; use FactorOptimizer"),
+        (FactorOptimizer, GaLore(rank=1), "takes a Rule, got GaLore; use ProjectedOptimizer"),
+        (FactorOptimizer, 0.1, "got float; see lowrank_sp.updates"),
+    ],
+)
+def test_rules_of_the_other_kind_and_classes_are_refused(optimizer, rule, message):
+    with pytest.raises(TypeError, match=message):
+        optimizer([nn.Parameter(torch.ones(2, 3))], rule)
+
+
 def test_loro_trains_pairs_of_factors():
     """It is a rule on pairs: the optimizer of adapters runs it."""
 

@@ -189,6 +189,15 @@ def test_blocks_of_fibres(monkeypatch):
     assert tensors.st_hosvd(x, tol=1e-9).rank == (3, 3, 3)
 
 
+@pytest.mark.parametrize("method", [tensors.st_hosvd, tensors.tt_svd], ids=lambda f: f.__name__)
+def test_relative_error_takes_tensors_on_either_side(method):
+    a = gaussian(4, 30).reshape(4, 5, 6)
+    t = method(a, tol=0.5)
+    error = np.linalg.norm(t.to_dense() - a)
+    assert lr.relative_error(t, a) == pytest.approx(error / np.linalg.norm(a))
+    assert lr.relative_error(a, t) == pytest.approx(error / t.norm())
+
+
 def test_rank_above_what_the_other_modes_allow(xp):
     x = gaussian(10, 2, 2)
     t = tensors.st_hosvd(xp.asarray(x), (8, 2, 2))

@@ -18,15 +18,13 @@ def product_of(adapter: Any, name: str) -> Product:
     """
     kind, hint = type(adapter).__name__, ""
     if isinstance(adapter, Form) and not isinstance(adapter, Product):
-        adapter, hint = adapter.delta(), "; convert it by .to_lora()"
+        adapter, hint = adapter.delta(), "; convert it by .to_lora(rank).form"
     if isinstance(adapter, LowRank):
         up, down, scale = adapter.left, adapter.right, 1.0
     elif all(hasattr(adapter, part) for part in ("up", "down", "scale")):
         up, down, scale = adapter.up, adapter.down, float(adapter.scale)
     else:
-        raise TypeError(
-            f"{name} must have up, down and scale, or be a LowRank, got {kind}{hint}"
-        )
+        raise TypeError(f"{name} must have up, down and scale, or be a LowRank, got {kind}{hint}")
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(
             f"the factors of {name} must have shapes (m, r) and (r, n), "
