@@ -560,18 +560,3 @@ def test_ranks_that_are_not_identified_have_no_error():
 def test_bad_arguments(call, text):
     with pytest.raises(ValueError, match=text):
         call(problem(5.0).entries)
-
-
-@pytest.mark.parametrize("name", ["riemannian_cg", "lmafit"])
-def test_a_random_start_recovers_what_a_spectral_one_does_not(name):
-    """Three entries a degree of freedom, condition 10."""
-    p = synthetic.completion(shape=(250, 200), rank=3, oversampling=3, condition=10, rng=0)
-    spectral = lr.randomized_svd(p.entries, 3, reads=3, rng=0)
-    spectral = spectral * (250 * 200 / p.entries.size)
-    stop = lr.Stop(max_iter=600, tol=1e-8)
-    solver = getattr(completion, name)
-    found, worse = (
-        solver(p.entries, rank=3, init=init, rng=0, stop=stop).value for init in (None, spectral)
-    )
-    assert (found - p.truth).norm() <= 1e-4 * p.truth.norm()
-    assert (worse - p.truth).norm() >= 1e-2 * p.truth.norm()

@@ -43,9 +43,6 @@ def lmafit(
 
     Parameters
     ----------
-    init : SVD or LowRank, optional
-        By default drawn at random, as for
-        :func:`~lowrank_sp.inverse.completion.riemannian.riemannian_cg`.
     stop : Stop
         The change monitored is that of the entries of ``L R``, relative to the data.
 
@@ -91,7 +88,7 @@ def lmafit(
             relaxation += increment
         return _Relaxed(new, relaxation, increment, change), change
 
-    f = problem.random_start(init, rng)
+    f = problem.start(init, rng)
     start = _Relaxed(fit(problem.entries, *f.split("left").factors()), 0.0, 1.0, 1.0)
     return problem.solve(
         step,

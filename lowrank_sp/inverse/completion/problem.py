@@ -144,22 +144,6 @@ class Problem:
         found = randomized_svd(entries, self.rank, reads=3, oversampling=8, rng=rng)
         return SVD(found.u, found.s * (m * n / entries.size), found.vh)
 
-    def random_start(self, init: Factored | None, rng: RNG = None) -> SVD:
-        """As :meth:`start`, but by default a Gaussian product with entries of the data's size.
-
-        Few entries, or an ill-conditioned matrix, leave noise in the weak part of a spectral start,
-        concentrated in few lines, of which descent does not get rid.
-        """
-        if init is not None:
-            return self._given(init)
-        generator, like = np.random.default_rng(rng), self.entries.values
-        left, right = (
-            standard_normal(shape, like=like, rng=generator)
-            for shape in ((self.entries.shape[0], self.rank), (self.rank, self.entries.shape[1]))
-        )
-        size = self.entries.norm() / (self.entries.size * self.rank) ** 0.5
-        return LowRank(left * size, right).svd()
-
     def _given(self, init: Factored) -> SVD:
         if tuple(init.shape) != self.shape:
             raise ValueError(f"init must have shape {self.shape}, got {tuple(init.shape)}")

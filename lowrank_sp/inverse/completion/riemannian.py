@@ -46,9 +46,6 @@ def riemannian_cg(
 
     Parameters
     ----------
-    init : SVD or LowRank, optional
-        By default drawn at random, with entries of the size of the data: near the information
-        limit and for ill-conditioned matrices that leads further than a spectral start.
     stop : Stop
         The change monitored is that of the entries of the iterate, relative to the data.
 
@@ -90,7 +87,7 @@ def riemannian_cg(
         change = frobenius(residual.values - state.residual.values) / size
         return _turned(space, state, f, residual), change
 
-    f = problem.random_start(init, rng)
+    f = problem.start(init, rng)
     residual = _residual(y, f)
     descent = Space(f.u, f.vh).project(residual)
     return problem.solve(
@@ -122,7 +119,7 @@ def niht(
 
     Parameters
     ----------
-    init, stop
+    stop : Stop
         As in :func:`riemannian_cg`.
 
     The other parameters are those of :func:`~lowrank_sp.inverse.completion.alternating.als`.
@@ -165,7 +162,7 @@ def niht(
         # Rounding: no step along the gradient lowers the residual.
         return state, 0.0
 
-    f = problem.random_start(init, rng)
+    f = problem.start(init, rng)
     return problem.solve(
         step,
         (f, _residual(y, f)),
