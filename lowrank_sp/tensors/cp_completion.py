@@ -98,7 +98,7 @@ def cp_completion(
     >>> rng = np.random.default_rng(0)
     >>> truth = CP(np.ones(2), [rng.standard_normal((n, 2)) for n in (10, 9, 8)])
     >>> entries = TensorEntries.from_mask(truth.to_dense(), rng.random((10, 9, 8)) < 0.3)
-    >>> solution = cp_completion(entries, rank=2, rng=0)
+    >>> solution = cp_completion(entries, rank=2, rng=1)
     >>> bool((solution.value - truth).norm() < 1e-5 * truth.norm())
     True
     """
