@@ -15,6 +15,8 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
+from lowrank_sp._threads import gram
+
 # Arrays of any library; the standard has no common base class to name.
 Array = Any
 RNG = int | np.random.Generator | None
@@ -27,6 +29,10 @@ _EPS = {
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,
 }
+# Entries of which the squares are added at a time.
+_RUN = 2**13
+# Entries from which a compiled Gram matrix pays.
+_LARGE = 2**20
 _WIDE = {"float32": "float64", "complex64": "complex128"}
 _REAL = {"complex64": "float32", "complex128": "float64"}
 
@@ -275,8 +281,11 @@ def inner(x: Array, y: Array) -> Array:
     """
     xp = namespace(x, y)
     wide = wide_dtype(xp, x.dtype)
+    compiled = _compiled_gram(x) if y is x else None
+    if compiled is not None:
+        return from_host(compiled, x, wide)
     if x.dtype == wide:
-        return adjoint(x) @ y
+        return gram(x) if y is x and isinstance(x, np.ndarray) else adjoint(x) @ y
     total = xp.zeros((x.shape[1], y.shape[1]), dtype=wide, device=device(x))
     height = max(256, 2**20 // max(1, x.shape[1]))
     for rows in slices(x.shape[0], height):
@@ -284,6 +293,22 @@ def inner(x: Array, y: Array) -> Array:
         b = a if y is x else xp.astype(y[rows, :], wide)
         total += adjoint(a) @ b
     return total
+
+
+def _compiled_gram(x: Array) -> np.ndarray | None:
+    """``x^T x`` compiled, where that pays and numba is at hand."""
+    rows, columns = x.shape
+    if rows * columns < _LARGE or not 8 <= columns <= 256 or rows < 16 * columns:
+        return None
+    host = host_values(x)
+    if host is None or host.dtype not in (np.float32, np.float64) or not has_numba():
+        return None
+    if not (host.flags.c_contiguous or host.flags.f_contiguous):
+        return None
+    from lowrank_sp._compiled.gram import gram as compiled
+
+    tall = host.flags.c_contiguous
+    return compiled(host if tall else host.T, tall=tall)
 
 
 def wide_dtype(xp: Any, dtype: Any) -> Any:
@@ -344,8 +369,17 @@ def _sum_squares(a: Array, factors: tuple[float, ...] = ()) -> float:
         block = as_compute(a[rows, ...])
         for factor in factors:
             block = block * factor
-        total += float(xp.sum(abs(block) ** 2))
+        if isinstance(block, np.ndarray) and block.dtype.char in "dD":
+            total += _sum_squares_of_doubles(block.reshape(-1))
+        else:
+            total += float(xp.sum(abs(block) ** 2))
     return total
+
+
+def _sum_squares_of_doubles(x: np.ndarray) -> float:
+    """By runs too short for BLAS to share among threads, and for errors to add up."""
+    runs, run = x[: x.size // _RUN * _RUN].reshape(-1, _RUN), x[x.size // _RUN * _RUN :]
+    return float(np.vecdot(runs, runs).real.sum() + np.vdot(run, run).real)
 
 
 def standard_normal(shape: tuple[int, ...], *, like: Array, rng: RNG = None) -> Array:

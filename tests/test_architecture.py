@@ -20,7 +20,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: Floors from the ground up; rooms on one floor do not import each other.
 FLOORS = [
-    ["_arrays", "_fused", "_panels", "_threads", "tasks"],
+    ["_threads", "tasks"],
+    ["_compiled"],
+    ["_arrays"],
     ["operators", "gauge"],
     ["factors", "iterate"],
     ["linalg"],
@@ -47,8 +49,7 @@ HEAVY = {
     "typer",
 }
 #: What a room may load when it is imported.
-ALLOWED = {"cli": {"typer", "rich"}, "torch": {"torch"}, "jax": {"jax"}, "_fused": {"numba"}}
-ALLOWED["_panels"] = {"numba"}
+ALLOWED = {"cli": {"typer", "rich"}, "torch": {"torch"}, "jax": {"jax"}, "_compiled": {"numba"}}
 ALLOWED["lowrank_sp.inverse._compiled"] = {"numba"}
 ALLOWED["lowrank_sp.updates._compiled"] = {"numba"}
 ALLOWED["estimators"] = {"sklearn"}

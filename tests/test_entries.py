@@ -163,7 +163,8 @@ def test_portable_kernels_of_every_library(xp):
 
 def test_threads_share_the_lines(monkeypatch):
     monkeypatch.setattr("lowrank_sp.inverse._compiled._SERIAL", 0)
-    monkeypatch.setattr("lowrank_sp.inverse._compiled.nb.get_num_threads", lambda: 3)
+    monkeypatch.setattr("lowrank_sp._threads.count", lambda: 3)
+    monkeypatch.setattr("lowrank_sp.inverse._compiled.count", lambda: 3)
     x, left, right = gaussian(M, N), gaussian(M, R, seed=1), gaussian(R, N, seed=2)
     entries, s = Entries.from_mask(x, MASK), np.where(MASK, x, 0)
     close(entries @ right.T, s @ right.T)

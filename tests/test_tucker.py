@@ -1,5 +1,6 @@
 """Laws of the Tucker format and of the decompositions into it."""
 
+import importlib
 import warnings
 
 import numpy as np
@@ -276,6 +277,37 @@ def check_hooi(xp, x, max_iter):
     core = tl.tenalg.multi_mode_dot(wide(x), factors)
     assert np.linalg.norm(core - xp.host(t.core)) <= 50 * eps * np.linalg.norm(x)
     assert error <= np.linalg.norm(tails(x, ranks)) * (1 + 1e-5) + 50 * eps * np.linalg.norm(x)
+
+
+def test_sweeps_end_at_a_fixed_point(monkeypatch):
+    """From there on nothing is read, and nothing changes."""
+    x = low_rank((12, 13, 14), (3, 3, 3), noise=0.01)
+    products, seen = [], []
+    module = importlib.import_module("lowrank_sp.tensors.hooi")
+    original = module.mode_dot
+    monkeypatch.setattr(module, "mode_dot", lambda *a: (products.append(1), original(*a))[1])
+
+    def callback(*args):
+        seen.append((len(products), args[-1]))
+
+    tensors.hooi(x, rank=3, stop=Stop(max_iter=12, tol=None), callback=callback)
+    reads, values = zip(*seen, strict=True)
+    assert reads[0] < reads[1] < reads[-1] == reads[-4]
+    for a, b in zip(values[-1].arrays(), values[-4].arrays(), strict=True):
+        assert np.array_equal(a, b)
+    naive = values[0]
+    for _ in range(11):
+        naive = naive_sweep(x, naive.factors)
+    assert np.linalg.norm(naive.to_dense() - values[-1].to_dense()) <= 1e-12 * np.linalg.norm(x)
+
+
+def naive_sweep(x, factors):
+    factors = list(factors)
+    for mode, factor in enumerate(factors):
+        others = [None if k == mode else u.T for k, u in enumerate(factors)]
+        part = tensors.unfold(tensors.multi_mode_dot(x, others), mode)
+        factors[mode] = np.linalg.svd(part, full_matrices=False)[0][:, : factor.shape[1]]
+    return Tucker(tensors.multi_mode_dot(x, [u.T for u in factors]), factors)
 
 
 def test_hooi_agrees_with_tensorly():

@@ -9,17 +9,16 @@ cache; docs/benchmarks.md has the measurements.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numba as nb
 import numpy as np
 
 from lowrank_sp._arrays import eps
-from lowrank_sp._panels import PANEL, add_gram, jit, workspace
-from lowrank_sp._threads import blas_on_one_thread
+from lowrank_sp._compiled.panels import PANEL, add_gram, jit, workspace
+from lowrank_sp._threads import blas_on_one_thread, count, run
 
 # Multiplications below which threads do not pay.
 _SERIAL = 2**21
@@ -232,22 +231,13 @@ def _by_lines(kernel: Callable, starts: np.ndarray, work: int, *arrays: Any) -> 
 def _ranges(starts: np.ndarray, work: int, per_thread: int) -> list[tuple[int, int]]:
     """Ranges of lines with equally many entries."""
     size, lines = int(starts[-1]), len(starts) - 1
-    threads = nb.get_num_threads() if size * work > _SERIAL else 1
-    count = 1 if threads == 1 else per_thread * threads
-    edges = np.searchsorted(starts, np.arange(1, count) * (size / count))
+    threads = count() if size * work > _SERIAL else 1
+    parts = 1 if threads == 1 else per_thread * threads
+    edges = np.searchsorted(starts, np.arange(1, parts) * (size / parts))
     return list(pairwise([0, *(int(edge) for edge in edges), lines]))
 
 
 def _run(kernel: Callable, ranges: list[tuple[int, int]], arrays: tuple, outs: Any = None) -> None:
     """The kernel on every range, with a result array of its own where ``outs`` has them."""
     own = [()] * len(ranges) if outs is None else [(out,) for out in outs]
-    if len(ranges) == 1:
-        kernel(*ranges[0], *arrays, *own[0])
-        return
-    with ThreadPoolExecutor(nb.get_num_threads()) as pool:
-        jobs = [
-            pool.submit(kernel, *lines, *arrays, *out)
-            for lines, out in zip(ranges, own, strict=True)
-        ]
-        for job in jobs:
-            job.result()
+    run([partial(kernel, *lines, *arrays, *out) for lines, out in zip(ranges, own, strict=True)])

@@ -89,17 +89,17 @@ class Dense(LinearOperator):
 
     def rmatmul(self, x: Array) -> Array:
         if self.one_read and 1 < x.shape[1] <= 8:
-            from lowrank_sp import _fused
+            from lowrank_sp._compiled import products
 
-            return _fused.rmatmul(self.array, x)
+            return products.rmatmul(self.array, x)
         # x^H A reads A along its rows, which BLAS libraries do faster than A^H x.
         return adjoint(adjoint(x) @ self.array)
 
     def normal(self, x: Array) -> tuple[Array, Array]:
         if self.one_read and 0 < x.shape[1] <= 16:
-            from lowrank_sp import _fused
+            from lowrank_sp._compiled import products
 
-            return _fused.normal(self.array, x)
+            return products.normal(self.array, x)
         return super().normal(x)
 
     def session(self) -> AbstractContextManager[Any]:

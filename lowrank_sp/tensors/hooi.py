@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
-from lowrank_sp._arrays import RNG, Array, adjoint, frobenius, namespace
+from lowrank_sp._arrays import RNG, Array, adjoint, eps, frobenius, namespace
 from lowrank_sp.iterate import Solution, Stop, iterate
 from lowrank_sp.tensors.factored import moved, on_host
 from lowrank_sp.tensors.hosvd import inverse, projection_error, st_hosvd
-from lowrank_sp.tensors.modes import memory_order, mode_dot
+from lowrank_sp.tensors.modes import memory_order, mode_dot, session
 from lowrank_sp.tensors.ranks import Rank, as_tensor, scaled, tucker_rank
 from lowrank_sp.tensors.subspace import leading_subspace
 from lowrank_sp.tensors.tucker import Tucker, project
+
+# A subspace that moves by less than so many rounding errors stays where it is.
+_STILL = 256
 
 
 class _State(NamedTuple):
     core: Array
     factors: Sequence[Array]
-    part: Array = None  # the tensor projected along the modes `done`
-    done: Sequence[int] = ()
-    served: Sequence[int] = ()  # the modes that `part` is still good for
+    parts: Mapping[Sequence[int], Array] = {}  # projected along a mode, while its factor stands
+    done: Sequence[int] = ()  # which of them is in use
+    served: Sequence[int] = ()  # the modes that it is still to be used for
+    fixed: bool = False  # no factor moved in the last sweep
 
 
 def hooi(
@@ -104,7 +108,8 @@ def hooi(
         t = Tucker(state.core * factor, state.factors, error * factor)
         return moved(t.permuted(inverse(axes)), like)
 
-    return iterate(step, state, stop=stop, dtype=x.dtype, callback=callback, value=value)
+    with session(x):
+        return iterate(step, state, stop=stop, dtype=x.dtype, callback=callback, value=value)
 
 
 def tucker2(
@@ -156,33 +161,45 @@ def _sweep(x: Array, state: _State, free: list[int], rng: RNG) -> _State:
     """The subspace of every free mode in turn.
 
     A product of ``x`` with the factor found last is good for all other modes, also those of the
-    next sweep: it is kept with the modes that it still serves.
+    next sweep, and for as long as that factor stands.
     """
-    core, factors, part, done, served = state
-    factors = list(factors)
+    core, factors, parts, done, served, fixed = state
+    if fixed:
+        return state
+    factors, parts, fixed = list(factors), dict(parts), True
+    # One part of every mode takes no more memory than the tensor.
+    all_fit = sum(factors[k].shape[1] / factors[k].shape[0] for k in free) <= 1
 
     def visit(part: Array, modes: Sequence[int]) -> None:
         # `part` is projected along all free modes but `modes`.
-        nonlocal core
-        if len(modes) == 1:
-            (mode,) = modes
-            factors[mode], _ = leading_subspace(part, mode, rank=factors[mode].shape[1], rng=rng)
-            core = mode_dot(part, adjoint(factors[mode]), mode)
+        nonlocal core, fixed
+        if len(modes) > 1:
+            middle = (len(modes) + 1) // 2
+            visit(_projected(part, factors, modes[middle:]), modes[:middle])
+            visit(_projected(part, factors, modes[:middle]), modes[middle:])
             return
-        middle = (len(modes) + 1) // 2
-        visit(_projected(part, factors, modes[middle:]), modes[:middle])
-        visit(_projected(part, factors, modes[:middle]), modes[middle:])
+        (mode,) = modes
+        before = factors[mode]
+        u, _ = leading_subspace(part, mode, rank=before.shape[1], rng=rng)
+        turned = frobenius(u - before @ (adjoint(before) @ u))
+        if turned > _STILL * eps(x.dtype):
+            factors[mode], fixed = u, False
+            parts.pop((mode,), None)
+        core = mode_dot(part, adjoint(factors[mode]), mode)
 
     todo = list(free)
     while todo:
         if not served:
             served = (*todo, *free)[: max(1, len(free) - 1)]
-            done = [mode for mode in free if mode not in served]
-            part = _projected(x, factors, done)
+            done = tuple(mode for mode in free if mode not in served)
+            if done not in parts:
+                if not all_fit:
+                    parts.clear()
+                parts[done] = _projected(x, factors, done)
         now, served = served[: len(todo)], served[len(todo) :]
-        visit(_projected(part, factors, [k for k in free if k not in (*done, *now)]), now)
+        visit(_projected(parts[done], factors, [k for k in free if k not in (*done, *now)]), now)
         todo = todo[len(now) :]
-    return _State(core, tuple(factors), part, done, served)
+    return _State(core, tuple(factors), parts, done, served, fixed)
 
 
 def _projected(x: Array, factors: Sequence[Array], modes: Sequence[int]) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lowrank_sp._arrays import RNG, Array, adjoint, device, frobenius, namespace
 from lowrank_sp.tensors.factored import moved, on_host
-from lowrank_sp.tensors.modes import memory_order, mode_dot
+from lowrank_sp.tensors.modes import memory_order, mode_dot, session
 from lowrank_sp.tensors.ranks import Rank, as_tensor, check_truncation, scaled, tucker_rank
 from lowrank_sp.tensors.subspace import leading_subspace, lost
 from lowrank_sp.tensors.tucker import Tucker, project
@@ -70,17 +70,18 @@ def st_hosvd(
     budget = (tol or 0.0) * norm
     core, factors, error = x, {}, 0.0
     order = _cheapest_order(x.shape, ranks)
-    for step, mode in enumerate(order):
-        if tol is None and ranks[mode] == x.shape[mode]:
-            factors[mode] = identity(x, mode)
-            continue
-        left = math.sqrt(max(0.0, budget**2 - error**2) / (len(order) - step))
-        u, loss = leading_subspace(
-            core, mode, rank=None if tol else ranks[mode], allowed=left, rng=rng
-        )
-        error = math.hypot(error, loss)
-        factors[mode] = u
-        core = mode_dot(core, adjoint(u), mode)
+    with session(x):
+        for step, mode in enumerate(order):
+            if tol is None and ranks[mode] == x.shape[mode]:
+                factors[mode] = identity(x, mode)
+                continue
+            left = math.sqrt(max(0.0, budget**2 - error**2) / (len(order) - step))
+            u, loss = leading_subspace(
+                core, mode, rank=None if tol else ranks[mode], allowed=left, rng=rng
+            )
+            error = math.hypot(error, loss)
+            factors[mode] = u
+            core = mode_dot(core, adjoint(u), mode)
     t = Tucker(core * factor, tuple(factors[k] for k in range(x.ndim)), error * factor)
     return moved(t.permuted(back), like)
 
@@ -118,12 +119,15 @@ def hosvd(
     """
     like, x, norm, factor, ranks, back = _checked(x, rank, tol)
     allowed = (tol or 0.0) * norm / x.ndim**0.5
-    factors = [
-        leading_subspace(x, mode, rank=None if tol else ranks[mode], allowed=allowed, rng=rng)[0]
-        for mode in range(x.ndim)
-    ]
-    core = project(x, factors)
-    error = projection_error(x, core, factors, norm)
+    with session(x):
+        factors = [
+            leading_subspace(x, mode, rank=None if tol else ranks[mode], allowed=allowed, rng=rng)[
+                0
+            ]
+            for mode in range(x.ndim)
+        ]
+        core = project(x, factors)
+        error = projection_error(x, core, factors, norm)
     t = Tucker(core * factor, tuple(factors), error * factor)
     return moved(t.permuted(back), like)
 

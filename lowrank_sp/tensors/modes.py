@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 
-from lowrank_sp._arrays import Array, adjoint, inner, namespace, slices
+from lowrank_sp._arrays import Array, adjoint, has_numba, inner, namespace, slices
+from lowrank_sp._threads import blas_on_one_thread, matmul
 
 # Entries of a tensor that are copied at a time.
 _BLOCK = 2**20
+# Entries of a tensor, and bytes of its rows, from which on compiled products along a mode pay.
+_COMPILED_SIZE, _LONG = 2**20, 800
 
 
 def around(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
@@ -45,6 +50,12 @@ def memory_order(x: Array) -> tuple[int, ...]:
     """
     steps = [-abs(step) for step in x.strides] if isinstance(x, np.ndarray) else [0] * x.ndim
     return tuple(sorted(range(x.ndim), key=steps.__getitem__))
+
+
+def session(x: Array) -> AbstractContextManager[Any]:
+    """Context for all that is done to a large tensor: its threads are not those of BLAS."""
+    large = isinstance(x, np.ndarray) and x.size >= _COMPILED_SIZE
+    return blas_on_one_thread if large else nullcontext()
 
 
 def check_mode(mode: int, order: int) -> int:
@@ -125,13 +136,36 @@ def mode_dot(x: Array, matrix: Array, mode: int) -> Array:
             f"a matrix for mode {mode} must have shape (m, {n}), got {tuple(matrix.shape)}"
         )
     shape = (*x.shape[:mode], matrix.shape[0], *x.shape[mode + 1 :])
-    if trailing == 1:
-        y = xp.reshape(x, (leading, n)) @ matrix.mT
-    elif leading == 1:
-        y = matrix @ xp.reshape(x, (n, trailing))
+    if leading == 1:
+        y = matmul(matrix, xp.reshape(x, (n, trailing)))
+    elif trailing == 1:
+        rows, columns = xp.reshape(x, (leading, n)), matrix.mT
+        products = _compiled(rows, matrix)
+        y = (products.matmul if products else matmul)(rows, columns)
     else:
-        y = matrix @ xp.reshape(x, (leading, n, trailing))
+        stack = xp.reshape(x, (leading, n, trailing))
+        products = _compiled(stack, matrix)
+        y = (products.stacked_product if products else matmul)(matrix, stack)
     return xp.reshape(y, shape)
+
+
+def _compiled(stack: Array, matrix: Array) -> Any:
+    """The compiled products, where BLAS is slower: of large stacks with few rows or columns."""
+    if (
+        isinstance(stack, np.ndarray)
+        and stack.size >= _COMPILED_SIZE
+        and stack.dtype == matrix.dtype
+        and stack.dtype in (np.float32, np.float64)
+        and stack.strides[-1] == stack.itemsize
+        and stack.shape[-2] >= 3
+        and stack.shape[-1] * stack.itemsize >= _LONG
+        and matrix.shape[0] <= 16
+        and has_numba()
+    ):
+        from lowrank_sp._compiled import products
+
+        return products
+    return None
 
 
 def multi_mode_dot(x: Array, matrices: Sequence[Array | None]) -> Array:
@@ -192,8 +226,9 @@ def mode_gram(x: Array, mode: int) -> Array:
     if leading == 1:
         rows = adjoint(xp.reshape(x, (n, trailing)))
         return inner(rows, rows)
+    blocks = [xp.reshape(x, (leading, n))] if trailing == 1 else fibre_blocks(x, mode)
     # The rows are not conjugated, which conjugates their Gram matrix.
-    return reduce(add, (inner(rows, rows) for rows in fibre_blocks(x, mode))).mT
+    return reduce(add, (inner(rows, rows) for rows in blocks)).mT
 
 
 def khatri_rao(matrices: Sequence[Array]) -> Array:

@@ -7,7 +7,7 @@ import math
 from lowrank_sp._arrays import RNG, Array, adjoint, namespace
 from lowrank_sp.tensors.factored import moved, on_host
 from lowrank_sp.tensors.hosvd import identity
-from lowrank_sp.tensors.modes import memory_order, mode_dot
+from lowrank_sp.tensors.modes import memory_order, mode_dot, session
 from lowrank_sp.tensors.ranks import Rank, as_tensor, check_truncation, scaled, tt_rank
 from lowrank_sp.tensors.subspace import leading_subspace
 from lowrank_sp.tensors.tt import TT, mirrored
@@ -74,19 +74,20 @@ def tt_svd(x: Array, rank: Rank | None = None, *, tol: float | None = None, rng:
     ranks = ranks[::step]
     # What is left of the tensor, a matrix between the modes of one bond and all those to come.
     rest, cores, bond, error = x, [], 1, 0.0
-    for k, n in enumerate(x.shape[::step][:-1]):
-        rest = xp.reshape(rest, (-1, n * bond) if flipped else (bond * n, -1))
-        if tol is None and ranks[k + 1] == bond * n:
-            u = identity(rest, axis)
-        else:
-            left = math.sqrt(max(0.0, budget**2 - error**2) / (x.ndim - 1 - k))
-            wanted = None if tol else ranks[k + 1]
-            u, loss = leading_subspace(rest, axis, rank=wanted, allowed=left, rng=rng)
-            error = math.hypot(error, loss)
-            rest = mode_dot(rest, adjoint(u), axis)
-        shape = (-1, n, bond) if flipped else (bond, n, -1)
-        cores.append(xp.reshape(u.mT if flipped else u, shape))
-        bond = u.shape[1]
+    with session(x):
+        for k, n in enumerate(x.shape[::step][:-1]):
+            rest = xp.reshape(rest, (-1, n * bond) if flipped else (bond * n, -1))
+            if tol is None and ranks[k + 1] == bond * n:
+                u = identity(rest, axis)
+            else:
+                left = math.sqrt(max(0.0, budget**2 - error**2) / (x.ndim - 1 - k))
+                wanted = None if tol else ranks[k + 1]
+                u, loss = leading_subspace(rest, axis, rank=wanted, allowed=left, rng=rng)
+                error = math.hypot(error, loss)
+                rest = mode_dot(rest, adjoint(u), axis)
+            shape = (-1, n, bond) if flipped else (bond, n, -1)
+            cores.append(xp.reshape(u.mT if flipped else u, shape))
+            bond = u.shape[1]
     cores.append(xp.reshape(rest * factor, (1, -1, bond) if flipped else (bond, -1, 1)))
     cores = cores[::step]
     return moved(TT(mirrored(cores) if reverse else cores, error * factor), like)

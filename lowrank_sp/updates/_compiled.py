@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowrank_sp._panels import PANEL, add_gram, jit, workspace
+from lowrank_sp._compiled.panels import PANEL, add_gram, jit, workspace
 
 
 @jit

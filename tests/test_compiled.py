@@ -1,17 +1,22 @@
-"""The compiled product against plain matrix products."""
+"""Compiled products against plain ones."""
 
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from cases import gaussian
 from test_svd import check
 
 import lowrank_sp as lr
-from lowrank_sp import _fused
+from lowrank_sp import _arrays, _threads
+from lowrank_sp._compiled import products
+from lowrank_sp._compiled.gram import gram
 from lowrank_sp.operators import _sources
+from lowrank_sp.tensors import modes
 from lowrank_sp.testing import assert_adjoint, assert_same_product
 
 LAYOUTS = {
@@ -41,16 +46,73 @@ def test_layouts(layout, order):
 
 def check_product(w, p):
     before = w.copy(), p.copy()
-    y, z = _fused.normal(w, p)
+    y, z = products.normal(w, p)
     eps = np.finfo(w.dtype).eps
     wide = w.astype(np.float64) @ p.astype(np.float64)
     assert (y.dtype, z.dtype) == (w.dtype, w.dtype)
     assert np.linalg.norm(y - wide) <= 10 * eps * np.linalg.norm(w) * np.linalg.norm(p)
     size = np.linalg.norm(w) ** 2 * np.linalg.norm(p)
     assert np.linalg.norm(z - w.T.astype(np.float64) @ wide) <= 10 * eps * size
-    assert np.array_equal(_fused.rmatmul(w, y), z)
+    assert np.array_equal(products.rmatmul(w, y), z)
+    assert np.array_equal(products.matmul(w, p), y)
     for now, then in zip((w, p), before, strict=True):
         assert np.array_equal(now, then)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [1, 4, 7, 16])
+@pytest.mark.parametrize("shape", [(1, 3, 16), (5, 4, 17), (3, 100, 70)])
+def test_product_with_a_stack(shape, rows, dtype):
+    x, y = gaussian(*shape, dtype=dtype), gaussian(rows, shape[1], seed=1, dtype=dtype)
+    for stack in (x, np.concatenate([x, x], axis=1)[:, : shape[1]]):
+        z = products.stacked_product(y, stack)
+        size = np.linalg.norm(x) * np.linalg.norm(y)
+        wide = y.astype(np.float64) @ x.astype(np.float64)
+        assert z.dtype == dtype
+        assert np.linalg.norm(z - wide) <= 10 * np.finfo(dtype).eps * size
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (300, 8), (9000, 37)])
+def test_gram_matrix(shape, dtype, monkeypatch):
+    x = gaussian(*shape, dtype=dtype)
+    wide = x.astype(np.float64)
+    exact = wide.T @ wide
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(_threads, "count", lambda n=threads: n)
+        tall, broad = gram(x, tall=True), gram(np.ascontiguousarray(x.T), tall=False)
+        assert np.array_equal(tall, broad)
+        assert np.array_equal(tall, tall.T)
+        assert np.linalg.norm(tall - exact) <= 10 * np.finfo(float).eps * np.linalg.norm(wide) ** 2
+
+
+def test_gram_matrices_of_large_arrays_are_compiled(monkeypatch):
+    monkeypatch.setattr(_arrays, "_LARGE", 1)
+    x = gaussian(400, 9, dtype=np.float32)
+    exact = x.T.astype(np.float64) @ x
+    for a in (x, np.asfortranarray(x), torch.asarray(x)):
+        assert _arrays._compiled_gram(a) is not None
+        assert_same_product(exact, _arrays.to_host(_arrays.inner(a, a)))
+        assert _arrays.dtype_name(_arrays.inner(a, a).dtype) == "float64"
+    for a in (x[::2], x[:, :7], x.T, x.astype(complex), torch.asarray(x).requires_grad_()):
+        assert _arrays._compiled_gram(a) is None
+
+
+def test_modes_of_large_tensors_are_compiled(monkeypatch):
+    monkeypatch.setattr(modes, "_COMPILED_SIZE", 1)
+    calls = []
+    for name in ("matmul", "stacked_product"):
+        original = getattr(products, name)
+        spy = partial(lambda original, *a: (calls.append(1), original(*a))[1], original)
+        monkeypatch.setattr(products, name, spy)
+    x, matrix = gaussian(5, 7, 120), gaussian(6, 120, seed=1)
+    for mode, m in ((1, matrix[:, :7]), (2, matrix)):
+        found = modes.mode_dot(x, m, mode)
+        assert_same_product(np.moveaxis(np.tensordot(m, x, (1, mode)), 0, mode), found)
+    assert len(calls) == 2
+    for other in (x.astype(complex), x[..., ::2], x[..., :90], x.astype(np.float32)):
+        modes.mode_dot(other, matrix[:, :7], 1)
+    assert len(calls) == 2
 
 
 def test_not_every_array_takes_it(monkeypatch):
@@ -64,7 +126,7 @@ def test_not_every_array_takes_it(monkeypatch):
 def test_not_finite_values_are_passed_on():
     w, p = gaussian(30, 40), gaussian(40, 3)
     w[7, 39] = np.nan
-    y, z = _fused.normal(w, p)
+    y, z = products.normal(w, p)
     assert np.all(np.isnan(y[7]))
     assert np.all(np.isfinite(np.delete(y, 7, axis=0)))
     assert np.all(np.isnan(z))
@@ -72,7 +134,7 @@ def test_not_finite_values_are_passed_on():
 
 def test_same_bits_every_run():
     w, p = gaussian(301, 203), gaussian(203, 5)
-    first, second = _fused.normal(w, p), _fused.normal(w, p)
+    first, second = products.normal(w, p), products.normal(w, p)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -82,8 +144,8 @@ def test_same_bits_every_run():
 def test_large_arrays_take_it(dtype, shape, order, monkeypatch):
     monkeypatch.setattr(_sources, "_FUSED_SIZE", shape[0] * shape[1])
     calls = []
-    original = _fused.normal
-    monkeypatch.setattr(_fused, "normal", lambda *a: (calls.append(1), original(*a))[1])
+    original = products.normal
+    monkeypatch.setattr(products, "normal", lambda *a: (calls.append(1), original(*a))[1])
     a = gaussian(*shape) / np.arange(1, shape[1] + 1)
     a = np.asarray(a.astype(dtype), order=order)
     assert_adjoint(a)
@@ -103,8 +165,8 @@ def test_the_number_of_threads_of_other_libraries_stays():
     """PyTorch takes it from OpenMP, whose number the threads of numba would have changed."""
     program = """
 import numpy as np
-from lowrank_sp import _fused
-_fused.normal(np.ones((300, 200)), np.ones((200, 4)))
+from lowrank_sp._compiled import products
+products.normal(np.ones((300, 200)), np.ones((200, 4)))
 import torch
 print(torch.get_num_threads())
 """
