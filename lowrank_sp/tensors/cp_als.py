@@ -164,9 +164,10 @@ def decompose(
         state, core = stage
         return problem.answer(state if core is None else core.lifted(state, source))
 
-    solution = iterate(
-        advance, stage, stop=stop, dtype=source.like.dtype, callback=callback, value=value
-    )
+    with source.session():
+        solution = iterate(
+            advance, stage, stop=stop, dtype=source.like.dtype, callback=callback, value=value
+        )
     return with_degeneracy(solution)
 
 

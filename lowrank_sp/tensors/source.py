@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +22,10 @@ from lowrank_sp._arrays import (
     slices,
     standard_normal,
 )
+from lowrank_sp._threads import matmul
 from lowrank_sp.factors import LowRank
 from lowrank_sp.tensors.hosvd import st_hosvd
-from lowrank_sp.tensors.modes import mode_dot
+from lowrank_sp.tensors.modes import mode_dot, session
 from lowrank_sp.tensors.mttkrp import Rows, conjugate, contracted, khatri_rao_rows
 from lowrank_sp.tensors.subspace import gram_is_cheap, improved, leading_subspace
 
@@ -58,6 +61,10 @@ class Source(ABC):
     @abstractmethod
     def core(self, sizes: Sequence[int]) -> tuple[Array, tuple[Array, ...]]:
         """Core and orthonormal bases of a sequentially truncated HOSVD, one an axis."""
+
+    def session(self) -> AbstractContextManager[Any]:
+        """Context for all that is done to the tensor."""
+        return nullcontext()
 
     @property
     def halves(self) -> list[range]:
@@ -155,7 +162,10 @@ class Dense(Source):
         return core, tuple(bases)
 
     def product(self, rows: Array, *, last: bool) -> Array:
-        return conjugate(rows) @ (self.matrix.mT if last else self.matrix)
+        return matmul(conjugate(rows), self.matrix.mT if last else self.matrix)
+
+    def session(self) -> AbstractContextManager[Any]:
+        return session(self.matrix)
 
     def distance(self, rows: Rows) -> float:
         left = khatri_rao_rows(rows[: self.split], like=rows[0])
