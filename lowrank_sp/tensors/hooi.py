@@ -67,8 +67,10 @@ def hooi(
     Notes
     -----
     Products with one factor are shared by all other modes, across sweeps: ``N / (N - 1)`` reads of
-    ``x`` a sweep, of ``2 r`` flops an entry each. Memory is ``r / n`` of that of ``x``
-    :cite:p:`delathauwer2000best`.
+    ``x`` a sweep, of ``2 r`` flops an entry each. A subspace that moves by less than 256 rounding
+    errors stays as it is, and products with it are kept: sweeps at the fixed point read nothing.
+    Memory is ``2 r / n`` of that of ``x``, and ``N r / n`` near the fixed point where that is at
+    most 1 :cite:p:`delathauwer2000best`.
 
     Examples
     --------
