@@ -22,7 +22,6 @@ from lowrank_sp._compiled.tile import (
     L1,
     L2,
     LINE,
-    MOST_THREADS,
     NONE,
     ROWS,
     TURN,
@@ -219,12 +218,15 @@ def _run(
     w: np.ndarray, p: np.ndarray, y: np.ndarray, z: np.ndarray, *, forward: bool, back: bool
 ) -> None:
     ld, width, tail, shape = _layout(w, y.shape[1])
-    packed, parts = np.zeros(shape, w.dtype), min(count(), MOST_THREADS)
-    sums = np.empty((parts, *shape), w.dtype)
+    packed, before = np.zeros(shape, w.dtype), nb.get_num_threads()
+    sums = np.empty((min(count(), before), *shape), w.dtype)
     args = w.ctypes.data, ld, width, tail, np.ascontiguousarray(p), packed, y, sums, z
     with TURN:
-        nb.set_num_threads(parts)
-        _rows(*args, forward, back)
+        nb.set_num_threads(len(sums))
+        try:
+            _rows(*args, forward, back)
+        finally:
+            nb.set_num_threads(before)
 
 
 def _layout(w: np.ndarray, columns: int) -> tuple[Any, ...]:

@@ -118,7 +118,7 @@ def tile(typingctx, adjoint, prefetch, like, w, ld, pz, next_vector, next_column
     return sig, codegen
 
 
-def _start_threads() -> int:
+def _start_threads() -> None:
     """Start the threads of numba, and leave the number of OpenMP's threads as it was.
 
     The OpenMP layer of numba sets it to all cores as it starts, whatever ``OMP_NUM_THREADS`` says,
@@ -127,9 +127,8 @@ def _start_threads() -> int:
     with suppress(ImportError):  # there is no such layer everywhere
         import_module("numba.np.ufunc.omppool")
     before = ThreadpoolController().limit()
-    number = nb.get_num_threads()
+    nb.get_num_threads()
     before.restore_original_limits()
-    return number
 
 
-MOST_THREADS = _start_threads()
+_start_threads()
