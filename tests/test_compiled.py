@@ -112,6 +112,7 @@ def test_modes_of_large_tensors_are_compiled(monkeypatch):
     assert len(calls) == 2
     for other in (x.astype(complex), x[..., ::2], x[..., :90], x.astype(np.float32)):
         modes.mode_dot(other, matrix[:, :7], 1)
+    assert modes.mode_dot(x, matrix[:0, :7], 1).shape == (5, 0, 120)
     assert len(calls) == 2
 
 

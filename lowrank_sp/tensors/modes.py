@@ -159,7 +159,7 @@ def _compiled(stack: Array, matrix: Array) -> Any:
         and stack.strides[-1] == stack.itemsize
         and stack.shape[-2] >= 3
         and stack.shape[-1] * stack.itemsize >= _LONG
-        and matrix.shape[0] <= 16
+        and 1 <= matrix.shape[0] <= 16
         and has_numba()
     ):
         from lowrank_sp._compiled import products
