@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -22,10 +22,37 @@ _STILL = 256
 class _State(NamedTuple):
     core: Array
     factors: Sequence[Array]
-    parts: Mapping[Sequence[int], Array] = {}  # projected along a mode, while its factor stands
-    done: Sequence[int] = ()  # which of them is in use
-    served: Sequence[int] = ()  # the modes that it is still to be used for
     fixed: bool = False  # no factor moved in the last sweep
+
+
+class _Products:
+    """Products of a tensor with the factor of one mode, each for as long as that factor stands.
+
+    All modes but that one are served by it. One product of every free mode is kept where together
+    they take no more memory than the tensor, else only the last.
+    """
+
+    def __init__(self, x: Array, free: Sequence[int], ranks: Sequence[int]) -> None:
+        self.x, self.free = x, free
+        self.all_fit = sum(ranks[k] / x.shape[k] for k in free) <= 1
+        self.kept: dict[int, tuple[Array, Array]] = {}
+
+    def serving(self, todo: Sequence[int], factors: Sequence[Array]) -> tuple[Array, list[int]]:
+        """A product that serves the first modes of ``todo``, and the modes along which it is one.
+
+        A new one is with the factor found last, for that will stand longest.
+        """
+        if len(self.free) == 1:
+            return self.x, []
+        self.kept = {k: kept for k, kept in self.kept.items() if kept[0] is factors[k]}
+        served = {k: (*todo, k).index(k) for k in self.kept}
+        mode = max(served, key=served.__getitem__, default=todo[0])
+        if mode == todo[0]:
+            mode = self.free[self.free.index(mode) - 1]
+            if not self.all_fit:
+                self.kept.clear()
+            self.kept[mode] = factors[mode], _projected(self.x, factors, [mode])
+        return self.kept[mode][1], [mode]
 
 
 def hooi(
@@ -69,8 +96,8 @@ def hooi(
     Products with one factor are shared by all other modes, across sweeps: ``N / (N - 1)`` reads of
     ``x`` a sweep, of ``2 r`` flops an entry each. A subspace that moves by less than 256 rounding
     errors stays as it is, and products with it are kept: sweeps at the fixed point read nothing.
-    Memory is ``2 r / n`` of that of ``x``, and ``N r / n`` near the fixed point where that is at
-    most 1 :cite:p:`delathauwer2000best`.
+    Memory is that of one product, ``r / n`` of ``x``, or of all ``N`` of them where that is at most
+    ``x`` :cite:p:`delathauwer2000best`.
 
     Examples
     --------
@@ -99,9 +126,10 @@ def hooi(
         factors = tuple(xp.linalg.qr(f)[0] for f in start.factors)
         state = _State(project(x, factors), factors)
     free = [mode for mode, r in enumerate(start.rank) if r < x.shape[mode]]
+    products = _Products(x, free, start.rank)
 
     def step(state: _State) -> tuple[_State, float]:
-        following = _sweep(x, state, free, rng)
+        following = state if state.fixed else _sweep(products, state, rng)
         gained = abs(frobenius(following.core) - frobenius(state.core))
         return following, gained / norm if norm else 0.0
 
@@ -159,49 +187,35 @@ def tucker2(
     return hooi(stack, rank=ranks, init=init, rng=rng, stop=stop, callback=callback)
 
 
-def _sweep(x: Array, state: _State, free: list[int], rng: RNG) -> _State:
-    """The subspace of every free mode in turn.
-
-    A product of ``x`` with the factor found last is good for all other modes, also those of the
-    next sweep, and for as long as that factor stands.
-    """
-    core, factors, parts, done, served, fixed = state
-    if fixed:
-        return state
-    factors, parts, fixed = list(factors), dict(parts), True
-    # One part of every mode takes no more memory than the tensor.
-    all_fit = sum(factors[k].shape[1] / factors[k].shape[0] for k in free) <= 1
-
-    def visit(part: Array, modes: Sequence[int]) -> None:
-        # `part` is projected along all free modes but `modes`.
-        nonlocal core, fixed
-        if len(modes) > 1:
-            middle = (len(modes) + 1) // 2
-            visit(_projected(part, factors, modes[middle:]), modes[:middle])
-            visit(_projected(part, factors, modes[:middle]), modes[middle:])
-            return
-        (mode,) = modes
-        before = factors[mode]
-        u, _ = leading_subspace(part, mode, rank=before.shape[1], rng=rng)
-        turned = frobenius(u - before @ (adjoint(before) @ u))
-        if turned > _STILL * eps(x.dtype):
-            factors[mode], fixed = u, False
-            parts.pop((mode,), None)
-        core = mode_dot(part, adjoint(factors[mode]), mode)
-
-    todo = list(free)
+def _sweep(products: _Products, state: _State, rng: RNG) -> _State:
+    """The subspace of every free mode in turn."""
+    core, factors, todo = state.core, list(state.factors), list(products.free)
     while todo:
-        if not served:
-            served = (*todo, *free)[: max(1, len(free) - 1)]
-            done = tuple(mode for mode in free if mode not in served)
-            if done not in parts:
-                if not all_fit:
-                    parts.clear()
-                parts[done] = _projected(x, factors, done)
-        now, served = served[: len(todo)], served[len(todo) :]
-        visit(_projected(parts[done], factors, [k for k in free if k not in (*done, *now)]), now)
+        part, done = products.serving(todo, factors)
+        now = todo[: (*todo, *done).index(done[0])] if done else todo
+        others = [k for k in products.free if k not in (*done, *now)]
+        core = _renewed(_projected(part, factors, others), now, factors, rng)
+        del part  # lest it be there beside the next one
         todo = todo[len(now) :]
-    return _State(core, tuple(factors), parts, done, served, fixed)
+    fixed = all(new is old for new, old in zip(factors, state.factors, strict=True))
+    return _State(core, tuple(factors), fixed)
+
+
+def _renewed(part: Array, modes: Sequence[int], factors: list[Array], rng: RNG) -> Array:
+    """The core, after ``factors`` of all ``modes``, along which ``part`` is not projected, are new.
+
+    A subspace that stays where it is keeps its factor.
+    """
+    if len(modes) > 1:
+        middle = (len(modes) + 1) // 2
+        _renewed(_projected(part, factors, modes[middle:]), modes[:middle], factors, rng)
+        return _renewed(_projected(part, factors, modes[:middle]), modes[middle:], factors, rng)
+    (mode,) = modes
+    before = factors[mode]
+    u, _ = leading_subspace(part, mode, rank=before.shape[1], rng=rng)
+    if frobenius(u - before @ (adjoint(before) @ u)) > _STILL * eps(part.dtype):
+        factors[mode] = u
+    return mode_dot(part, adjoint(factors[mode]), mode)
 
 
 def _projected(x: Array, factors: Sequence[Array], modes: Sequence[int]) -> Array:
