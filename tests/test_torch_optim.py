@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from update_cases import RULES
 
 from lowrank_sp import updates
 from lowrank_sp.torch import FactorOptimizer, ParameterPair, batches, lora_pairs
+from lowrank_sp.torch.host import with_numpy
 from lowrank_sp.updates.wrappers import Wrapper
 
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -92,6 +94,8 @@ def by_hand(net, rule, steps=4, lrs=None):
     factors = {factor for pair in pairs for factor in pair.factors}
     others = torch.optim.AdamW([p for p in net.parameters() if p not in factors])
     states = {}
+    # By the same library: where a rule decides by what is larger, rounding may settle a tie.
+    move = with_numpy(rule.step)
     for step in range(steps):
         net.zero_grad()
         net.loss().backward()
@@ -100,9 +104,9 @@ def by_hand(net, rule, steps=4, lrs=None):
             for pair in pairs:
                 if pair.name not in states:
                     states[pair.name] = rule.init(pair.up, pair.down)
-                up, down, states[pair.name] = rule.step(
-                    pair.up,
-                    pair.down,
+                up, down, states[pair.name] = move(
+                    pair.up.detach(),
+                    pair.down.detach(),
                     pair.up.grad,
                     pair.down.grad,
                     states[pair.name],
@@ -124,6 +128,35 @@ def test_path_is_that_of_the_rule_pair_by_pair(rule, monkeypatch):
     monkeypatch.setattr(batches, "_BATCH_BYTES", 1)
     net = Net()
     assert_same(train(net, optimizer_of(net, rule)), expected)
+
+
+@dataclass(frozen=True)
+class Failing(updates.ScaledGD):
+    """Fails at rank three, and keeps what it saw of threads."""
+
+    seen: list[int] = field(default_factory=list)
+
+    def step(self, up, *others, **numbers):
+        self.seen.append(torch.get_num_threads())
+        if up.shape[-1] == 3:
+            raise ZeroDivisionError
+        return super().step(up, *others, **numbers)
+
+
+def test_batches_have_one_thread_each_and_the_caller_keeps_its_own(monkeypatch):
+    monkeypatch.setattr(batches, "_BATCH_BYTES", 1)
+    net, before = Net(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rule = Failing()
+        optimizer = optimizer_of(net, rule)
+        net.loss().backward()
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+        assert set(rule.seen) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @every_rule

@@ -9,6 +9,7 @@ from scipy.linalg import solve_sylvester
 from lowrank_sp.gauge import balance, geometric_mean
 from lowrank_sp.updates import LoRAMuon, inverse_root, newton_schulz, newton_schulz_root, polar
 from lowrank_sp.updates.frames import balance_of, frame, frames, gram, solve_left, solve_right
+from lowrank_sp.updates.moments import Adam
 from lowrank_sp.updates.projected import sylvester
 from lowrank_sp.updates.rule import Pair
 from lowrank_sp.updates.tangent import Tangent, point, project, project_gradient, retract
@@ -16,9 +17,10 @@ from lowrank_sp.updates.tangent import Tangent, point, project, project_gradient
 
 @pytest.fixture(params=["compiled", "portable"], autouse=True)
 def route(request, monkeypatch):
-    """Frames of float32 have a compiled route."""
+    """Frames of float32 and Adam have a compiled route."""
     if request.param == "portable":
         monkeypatch.setattr("lowrank_sp.updates.frames.has_numba", lambda: False)
+        monkeypatch.setattr("lowrank_sp.updates.moments.has_numba", lambda: False)
 
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
@@ -48,6 +50,24 @@ def test_frame(shape, condition, dtype):
     q = x @ found.inverse
     assert np.linalg.norm(adjoint(q) @ q - np.eye(shape[-1])) <= 1e3 * eps * condition**0.5
     assert np.linalg.norm(q @ found.root - x) <= 1e3 * eps * np.linalg.norm(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 3)])
+def test_adam_is_that_of_its_authors(shape, dtype):
+    grads = gaussian(3, *shape, dtype=dtype)
+    adam = Adam(betas=(0.8, 0.9), eps=1e-3)
+    # Laid out across memory, as the down factor of some rules is.
+    state = {k: x.swapaxes(-1, -2).copy().swapaxes(-1, -2) for k, x in adam.init(grads[0]).items()}
+    mean, square = 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+        found, state = adam.turn(g, state, np.full(shape[:-2], t, np.int32))
+        mean, square = 0.8 * mean + 0.2 * g, 0.9 * square + 0.1 * abs(g) ** 2
+        expected = mean / (1 - 0.8**t) / ((square / (1 - 0.9**t)) ** 0.5 + 1e-3)
+        tol = 30 * np.finfo(dtype).eps
+        assert found.dtype == state["mean"].dtype == dtype
+        for a, b in ((found, expected), (state["mean"], mean), (state["square"], square)):
+            assert np.linalg.norm(a - b) <= tol * np.linalg.norm(b)
 
 
 LAYOUTS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, Generic
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lowrank_sp.torch.batches import AnyItem, Batch, all_finite, batches
+from lowrank_sp.torch.host import torch_on_one_thread
 from lowrank_sp.updates.full_weight import ProjectedRule
 from lowrank_sp.updates.rule import Rule
 
@@ -98,15 +99,16 @@ class BatchedOptimizer(torch.optim.Optimizer, ABC, Generic[AnyItem]):
             with torch.enable_grad():
                 loss = closure()
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        if not all_finite([p.grad for p in parameters if p.grad is not None]):
+        with torch_on_one_thread():
+            finite = all_finite([p.grad for p in parameters if p.grad is not None])
+        if not finite:
             for group in self.param_groups:
                 group["skipped"] += 1
             return loss
         for group, items in zip(self.param_groups, self._items, strict=True):
             if not items:
                 self._step_others(group)
-            for batch in batches(items, self.state):
-                self._step_batch(batch, group["lr"])
+            self._step_batches(list(batches(items, self.state)), group["lr"])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -168,6 +170,10 @@ class BatchedOptimizer(torch.optim.Optimizer, ABC, Generic[AnyItem]):
     @abstractmethod
     def _twice(self, first: AnyItem, second: AnyItem) -> str:
         """What to say about a parameter in two items."""
+
+    def _step_batches(self, todo: Sequence[Batch[AnyItem]], lr: float) -> None:
+        for batch in todo:
+            self._step_batch(batch, lr)
 
     @abstractmethod
     def _step_batch(self, batch: Batch[AnyItem], lr: float) -> None:

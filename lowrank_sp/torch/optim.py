@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from lowrank_sp.torch.base import BatchedOptimizer, as_groups, check_rule, name_of
 from lowrank_sp.torch.batches import Batch, replicating
+from lowrank_sp.torch.host import in_memory, share, with_numpy
 from lowrank_sp.torch.pairs import ParameterPair
 from lowrank_sp.updates.rule import Rule
 
@@ -18,10 +20,11 @@ from lowrank_sp.updates.rule import Rule
 class FactorOptimizer(BatchedOptimizer[ParameterPair]):
     """Train factor pairs by an update rule, and all other parameters by AdamW.
 
-    Pairs of one shape are moved as one batch, on CPUs in portions that fit the cache. The
-    mathematics is done in at least float32; of factors in half precision a float32 copy is kept in
-    the state, so that small steps add up. Sharded factors (DTensor, as FSDP2 makes them) stay
-    sharded: the ranks exchange ``r x r`` sums, and ``down`` once, which FSDP2 cuts along the rank.
+    Pairs of one shape are moved as one batch; on CPUs in portions that fit the cache, several at a
+    time, and the rule sees NumPy's arrays, whose calls cost least. The mathematics is done in at
+    least float32; of factors in half precision a float32 copy is kept in the state, so that small
+    steps add up. Sharded factors (DTensor, as FSDP2 makes them) stay sharded: the ranks exchange
+    ``r x r`` sums, and ``down`` once, which FSDP2 cuts along the rank.
 
     Parameters
     ----------
@@ -87,7 +90,9 @@ class FactorOptimizer(BatchedOptimizer[ParameterPair]):
         groups = as_groups(pairs, "pairs")
         if not any(group["pairs"] for group in groups):
             raise ValueError("FactorOptimizer needs at least one pair; see lora_pairs(model)")
-        super().__init__(groups, rule, others=others, move=rule.step, compile=compile)
+        self._compiled = compile
+        move = rule.step if compile else with_numpy(rule.step)
+        super().__init__(groups, rule, others=others, move=move, compile=compile)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -103,6 +108,12 @@ class FactorOptimizer(BatchedOptimizer[ParameterPair]):
                     pair.factors, self.rule.settle(up, down, self.state[pair.up]), strict=True
                 ):
                     factor.copy_(x.reshape(factor.shape))
+
+    def _step_batches(self, todo: Sequence[Batch[ParameterPair]], lr: float) -> None:
+        if self._compiled or not all(in_memory(batch.items[0].up) for batch in todo):
+            super()._step_batches(todo, lr)
+        else:
+            share([partial(self._step_batch, batch, lr) for batch in todo])
 
     def _step_batch(self, batch: Batch[ParameterPair], lr: float) -> None:
         grads = batch.gradients()

@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowrank_sp._arrays import Array, is_complex, namespace
+import numpy as np
+
+from lowrank_sp._arrays import Array, has_numba, is_complex, namespace
 from lowrank_sp.updates.rule import Pair, State, counter, over
 
 
@@ -83,17 +85,25 @@ class Adam(Moments):
     def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:
         xp = namespace(grad)
         first, second = self.betas
+        count = over(xp.astype(step, state["square"].dtype))
+        # mean / c / (sqrt(square / d) + eps), with one division by an array
+        seen = (1 - second**count) ** 0.5
+        lift, weight = self.eps * seen, (1 - first**count) / seen
+        if isinstance(grad, np.ndarray) and not is_complex(grad.dtype) and has_numba():
+            from lowrank_sp.updates import _compiled
+
+            mean, square, direction = _compiled.adam(
+                grad, state["mean"], state["square"], self.betas, lift, weight
+            )
+            return direction, {"mean": mean, "square": square}
         # In place on what comes from the state, whose layout over devices is that of the factor.
         mean = first * state["mean"]
         mean += (1 - first) * grad
         square = second * state["square"]
         square += (1 - second) * squared(grad)
-        count = over(xp.astype(step, square.dtype))
-        # mean / c / (sqrt(square / d) + eps), with one division by an array
-        seen = (1 - second**count) ** 0.5
         size = xp.sqrt(square)
-        size += self.eps * seen
-        size *= (1 - first**count) / seen
+        size += lift
+        size *= weight
         return mean / size, {"mean": mean, "square": square}
 
     def transport(self, state: State, turn: Array) -> State:

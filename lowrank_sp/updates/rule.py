@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from lowrank_sp._arrays import Array, as_compute, device, is_array, namespace
 
 #: Named arrays, each with the leading axes of the factors.
@@ -170,6 +172,8 @@ def over(x: Scalar) -> Scalar:
 
 def where(condition: Array, x: Array, y: Array) -> Array:
     """``x`` or ``y`` for every pair of a batch."""
+    if isinstance(condition, np.ndarray) and condition.all() == condition.any():
+        return x if condition.all() else y
     xp = namespace(x)
     shape = (*condition.shape, *(1 for _ in range(x.ndim - condition.ndim)))
     return xp.where(xp.reshape(condition, shape), x, y)
