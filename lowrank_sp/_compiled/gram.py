@@ -1,7 +1,8 @@
 """Compiled Gram matrices of few rows or columns, accumulated in float64 (needs numba).
 
-Panels of the vectors are copied side by side, widened, into a buffer that stays in the L2 cache;
-only tiles on and above the diagonal are computed. docs/benchmarks.md has the measurements.
+Panels of the vectors are read where they lie, or copied side by side, widened, into a buffer that
+stays in the L2 cache; only tiles on and above the diagonal are computed. docs/benchmarks.md has the
+measurements.
 """
 # pyright: basic, reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
 
@@ -25,35 +26,54 @@ def _part(x, tall, start, stop, panel, sums, gram):
     """The share of entries [start, stop) of all vectors."""
     n = x.shape[1] if tall else x.shape[0]
     tiles, blocks = sums.shape[:2]
-    first, ld = panel.ctypes.data, panel.strides[0]
     into, size = sums.ctypes.data, sums.strides[1]
     lines = PANEL * panel.itemsize // LINE
     gram[:] = 0
     sums[:] = 0
     for e0 in range(start, stop, PANEL):
         width = min(PANEL, stop - e0)
-        if tall:
-            for e in range(width):
-                for i in range(n):
-                    panel[i, e] = x[e0 + e, i]
+        if not tall and x.itemsize == panel.itemsize and width == PANEL:
+            first, ld = x.ctypes.data + e0 * x.itemsize, x.strides[0]
         else:
-            for i in range(n):
-                for e in range(width):
-                    panel[i, e] = x[i, e0 + e]
-        panel[:, width:] = 0
+            _copy(x, tall, e0, width, panel)
+            first, ld = panel.ctypes.data, panel.strides[0]
         for group in range(0, tiles, GROUP):
             for b in range(blocks):
+                column = first + _start(b, COLS, n) * ld
                 end = min(group + GROUP, tiles, (COLS * b + COLS - 1) // ROWS + 1)
                 for k in range(group, end):
-                    rows, columns = first + k * ROWS * ld, first + b * COLS * ld
+                    row = first + _start(k, ROWS, n) * ld
                     out = into + (k * blocks + b) * size
-                    tile(FORWARD, NONE, panel, rows, ld, columns, VEC, ld, out, lines, 0)
+                    tile(FORWARD, NONE, panel, row, ld, column, VEC, ld, out, lines, 0)
         if (e0 - start) // PANEL % FLUSH == FLUSH - 1 or e0 + PANEL >= stop:
             for i in range(n):
+                k = i // ROWS
                 for j in range(i, n):
+                    b = j // COLS
+                    found = sums[k, b, i - _start(k, ROWS, n), j - _start(b, COLS, n)]
                     for e in range(LANES):
-                        gram[i, j] += sums[i // ROWS, j // COLS, i % ROWS, j % COLS, e]
+                        gram[i, j] += found[e]
             sums[:] = 0
+
+
+@jit
+def _start(k, count, n):
+    """The first vector of block ``k`` of ``count``: the last block overlaps the one before it."""
+    return min(k * count, n - count)
+
+
+@jit
+def _copy(x, tall, e0, width, panel):
+    n = len(panel)
+    if tall:
+        for e in range(width):
+            for i in range(n):
+                panel[i, e] = x[e0 + e, i]
+    else:
+        for i in range(n):
+            for e in range(width):
+                panel[i, e] = x[i, e0 + e]
+    panel[:, width:] = 0
 
 
 def gram(x: np.ndarray, *, tall: bool) -> np.ndarray:
@@ -62,7 +82,7 @@ def gram(x: np.ndarray, *, tall: bool) -> np.ndarray:
     Parameters
     ----------
     x : array, shape (m, n)
-        Real, in C order.
+        Real, in C order; at least four vectors.
 
     Notes
     -----
@@ -72,7 +92,7 @@ def gram(x: np.ndarray, *, tall: bool) -> np.ndarray:
     parts = shares(-(-length // PANEL))
     tiles, blocks = -(-n // ROWS), -(-n // COLS)
     # A line more than a power of two, lest the rows share sets of the cache.
-    panel = np.zeros((len(parts), max(tiles * ROWS, blocks * COLS), PANEL + LINE // 8))
+    panel = np.empty((len(parts), n, PANEL + LINE // 8))
     sums = np.empty((len(parts), tiles, blocks, ROWS, COLS, LANES))
     grams = np.empty((len(parts), n, n))
     run(
