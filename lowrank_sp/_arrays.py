@@ -157,6 +157,11 @@ def adjoint(a: Array) -> Array:
     return namespace(a).conj(a.mT) if is_complex(a.dtype) else a.mT
 
 
+def across(a: Array) -> bool:
+    """Whether ``a`` is an array of NumPy whose columns, not its rows, lie together in memory."""
+    return isinstance(a, np.ndarray) and a.ndim > 1 and a.strides[-1] > a.strides[-2]
+
+
 def scalar(factor: Any, dtype: Any) -> float | complex:
     """A number that multiplies arrays of ``dtype`` without changing it."""
     if is_complex(dtype):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_sp._arrays import across
 from lowrank_sp._compiled.panels import PANEL, add_gram, jit, workspace
 
 
@@ -56,13 +57,36 @@ def _frames(x, across, ridge, least, root, inverse):
 
 def frames(x: np.ndarray, *, ridge: float, least: float) -> tuple[np.ndarray, np.ndarray]:
     """Root and inverse of a :class:`~lowrank_sp.updates.frames.Frame` of ``x (..., m, r)``."""
+    blocks, lie_across, shape = _blocks(x)
+    root, inverse = np.empty((2, len(blocks), *shape[-2:]))
+    _frames(blocks, lie_across, ridge, least, root, inverse)
+    return root.reshape(shape), inverse.reshape(shape)
+
+
+@jit
+def _grams(x, lie_across, gram):
+    panel, upper = workspace(gram.shape[1], gram)
+    for b in range(len(x)):
+        _gram(x[b], lie_across, panel, upper)
+        for i in range(gram.shape[1]):
+            for j in range(i, gram.shape[1]):
+                gram[b, i, j] = gram[b, j, i] = upper[i, j]
+
+
+def grams(x: np.ndarray) -> np.ndarray:
+    """``x^T x`` of ``x (..., m, r)``, summed in float64."""
+    blocks, lie_across, shape = _blocks(x)
+    gram = np.empty((len(blocks), *shape[-2:]))
+    _grams(blocks, lie_across, gram)
+    return gram.reshape(shape)
+
+
+def _blocks(x: np.ndarray) -> tuple[np.ndarray, bool, tuple[int, ...]]:
+    """Blocks as they lie, whether rows of them do, and the shape of their Gram matrices."""
     *batch, m, r = x.shape
-    across = x.strides[-1] > x.strides[-2]
-    blocks = np.ascontiguousarray(np.swapaxes(x, -1, -2) if across else x)
-    blocks = blocks.reshape((-1, r, m) if across else (-1, m, r))
-    root, inverse = np.empty((2, len(blocks), r, r))
-    _frames(blocks, across, ridge, least, root, inverse)
-    return root.reshape(*batch, r, r), inverse.reshape(*batch, r, r)
+    lie_across = across(x)
+    blocks = np.ascontiguousarray(x.mT if lie_across else x)
+    return blocks.reshape((-1, r, m) if lie_across else (-1, m, r)), lie_across, (*batch, r, r)
 
 
 @jit
@@ -85,6 +109,9 @@ def adam(
 
     ``terms`` are ``lift`` and ``weight``, a number for every matrix of a batch.
     """
+    if across(grad):
+        new = adam(grad.mT, mean.mT, square.mT, decays, *terms)
+        return [x.mT for x in new]
     flat = (-1, grad.shape[-2] * grad.shape[-1])
     given = [np.ascontiguousarray(x).reshape(flat) for x in (grad, mean, square)]
     new = [np.empty_like(x) for x in given]

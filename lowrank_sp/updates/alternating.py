@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from lowrank_sp._arrays import adjoint, namespace
-from lowrank_sp.updates.first_order import scaled
-from lowrank_sp.updates.frames import frame, frames, solve_left, solve_right
-from lowrank_sp.updates.moments import Adam, Moments
-from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter, over, where
+from lowrank_sp._arrays import Array, adjoint, namespace
+from lowrank_sp.updates.frames import frame, solve_right, times
+from lowrank_sp.updates.moments import Adam, Moments, squared
+from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter, nowhere, over, where
 from lowrank_sp.updates.slots import descend
 
 
@@ -63,37 +61,36 @@ class AltLoRA(Rule):
     def _update(
         self, factors: Pair, grads: Pair, state: State, *, scale: Scalar, lr: Scalar
     ) -> tuple[Pair, State]:
-        h = scaled(factors, grads, scale)
-        carried = transport(factors, Pair(state["past_up"], state["past_down"]))
         ups = state["step"] % 2 == 0
-        up_mean = self.beta * (state["up_mean"] @ carried.down) + (1 - self.beta) * h.up
-        down_mean = self.beta * (carried.up @ state["down_mean"]) + (1 - self.beta) * h.down
-        directions, extra = self._directions(h, Pair(up_mean, down_mean), state)
-        moved = Pair(
-            descend(factors.up, directions.up, lr, self.weight_decay),
-            descend(factors.down, directions.down, lr, self.weight_decay),
-        )
-        new = Pair(
-            where(ups, moved.up, factors.up),
-            where(ups, factors.down, moved.down),
-        )
-        after_up = {"up_mean": up_mean, "past_down": factors.down, **extra.up}
-        after_down = {"down_mean": down_mean, "past_up": factors.up, **extra.down}
-        return new, {
-            "step": state["step"] + 1,
-            **{name: where(ups, x, state[name]) for name, x in after_up.items()},
-            **{name: where(ups, state[name], x) for name, x in after_down.items()},
-        }
+        new, after = factors, {**state, "step": state["step"] + 1}
+        if not nowhere(ups):
+            up, kept = self._up_moved(factors, grads.up, state, scale=scale, lr=lr)
+            new = new._replace(up=where(ups, up, factors.up))
+            after |= {name: where(ups, x, state[name]) for name, x in kept.items()}
+        if not nowhere(~ups):
+            mirrored = Pair(adjoint(factors.down), adjoint(factors.up))
+            down, kept = self._up_moved(
+                mirrored, adjoint(grads.down), _mirrored(state), scale=scale, lr=lr
+            )
+            new = new._replace(down=where(ups, factors.down, adjoint(down)))
+            after |= {name: where(ups, state[name], x) for name, x in _mirrored(kept).items()}
+        return new, after
 
-    def _directions(self, h: Pair, means: Pair, state: State) -> tuple[Pair, Extra]:  # noqa: ARG002
-        return means, Extra({}, {})
+    def _up_moved(
+        self, factors: Pair, grad: Array, state: State, *, scale: Scalar, lr: Scalar
+    ) -> tuple[Array, State]:
+        """``up`` after its step, and what changes in the state."""
+        other = adjoint(factors.down)
+        of_other = frame(other)
+        h = solve_right(grad, of_other, 1 / scale**2)
+        carried = solve_right(state["past_down"] @ other, of_other)
+        mean = self.beta * times(state["up_mean"], carried) + (1 - self.beta) * h
+        direction, kept = self._direction(h, mean, state)
+        up = descend(factors.up, direction, lr, self.weight_decay)
+        return up, {"up_mean": mean, "past_down": factors.down, **kept}
 
-
-class Extra(NamedTuple):
-    """What else a step of either factor leaves behind."""
-
-    up: State
-    down: State
+    def _direction(self, h: Array, mean: Array, state: State) -> tuple[Array, State]:  # noqa: ARG002
+        return mean, {}
 
 
 @dataclass(frozen=True)
@@ -124,17 +121,18 @@ class AltLoRAPlus(AltLoRA):
         squares = Pair(*(abs(namespace(x).zeros_like(x)) for x in factors))
         return {**super()._init(factors), "up_square": squares.up, "down_square": squares.down}
 
-    def _directions(self, h: Pair, means: Pair, state: State) -> tuple[Pair, Extra]:
-        xp = namespace(h.up)
-        turns = over(xp.astype(state["step"] // 2 + 1, state["up_square"].dtype))
-        up = self.second * state["up_square"] + (1 - self.second) * abs(h.up) ** 2
-        down = self.second * state["down_square"] + (1 - self.second) * abs(h.down) ** 2
-        seen, weight = 1 - self.second**turns, 1 - self.beta**turns
-        directions = Pair(
-            means.up / (weight * ((up / seen) ** 0.5 + self.eps)),
-            means.down / (weight * ((down / seen) ** 0.5 + self.eps)),
-        )
-        return directions, Extra({"up_square": up}, {"down_square": down})
+    def _direction(self, h: Array, mean: Array, state: State) -> tuple[Array, State]:
+        turns = over(namespace(h).astype(state["step"] // 2 + 1, state["up_square"].dtype))
+        square = self.second * state["up_square"] + (1 - self.second) * squared(h)
+        size = (square / (1 - self.second**turns)) ** 0.5 + self.eps
+        return mean / ((1 - self.beta**turns) * size), {"up_square": square}
+
+
+def _mirrored(state: State) -> State:
+    """The state of the pair ``(down^H, up^H)``."""
+    other = {"up_mean": "down_mean", "up_square": "down_square", "past_up": "past_down"}
+    other |= {theirs: ours for ours, theirs in other.items()}
+    return {other.get(name, name): adjoint(x) if name in other else x for name, x in state.items()}
 
 
 @dataclass(frozen=True)
@@ -173,16 +171,3 @@ class FrozenDown(Rule):
         direction, kept = self.moments.turn(projected, kept, step)
         up = descend(factors.up, direction, lr, self.weight_decay)
         return Pair(up, factors.down), {"step": step, **kept}
-
-
-def transport(factors: Pair, past: Pair) -> Pair:
-    """The ``r x r`` maps that carry steps of one factor to where the other has moved.
-
-    ``down <- (B^H B)^-1 B^H B' @ down`` for steps of ``down``, which is the ``up`` part of the
-    result, and ``up <- up @ A' A^H (A A^H)^-1`` for steps of ``up``, which is its ``down`` part.
-    """
-    of_up, of_down = frames(factors)
-    return Pair(
-        solve_left(of_up, adjoint(factors.up) @ past.up),
-        solve_right(past.down @ adjoint(factors.down), of_down),
-    )

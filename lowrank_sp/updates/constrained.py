@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lowrank_sp._arrays import Array, adjoint
+from lowrank_sp.updates.frames import times
 from lowrank_sp.updates.moments import Adam, Moments
 from lowrank_sp.updates.rule import Pair, Scalar
 from lowrank_sp.updates.slots import SlotRule
@@ -52,7 +53,7 @@ class StelLA(SlotRule):
         def moved(x: Array, d: Array) -> Array:
             size = 1.0 if self.width is None else (self.width / x.shape[-2]) ** 0.5
             inner = adjoint(x) @ d
-            return polar(x - lr * size * (d - x @ ((inner + adjoint(inner)) / 2)))
+            return polar(x - lr * size * (d - times(x, (inner + adjoint(inner)) / 2)))
 
         return _each(moved, factors, directions)
 
@@ -90,13 +91,13 @@ class PoLAR(SlotRule):
 
 def canonical_gradient(x: Array, grad: Array) -> Array:
     """``g - X g^H X``, the gradient in the canonical metric of the Stiefel manifold."""
-    return grad - x @ (adjoint(grad) @ x)
+    return grad - times(x, adjoint(grad) @ x)
 
 
 def landing(x: Array, grad: Array, strength: float) -> Array:
     """``(g X^H - X g^H) X + strength X (X^H X - I)``, in ``O(m r^2)``."""
     n = adjoint(x) @ x
-    return grad @ n - x @ (adjoint(grad) @ x) + strength * (x @ n - x)
+    return times(grad, n) - times(x, adjoint(grad) @ x) + strength * (times(x, n) - x)
 
 
 def _each(f, factors: Pair, other: Pair) -> Pair:

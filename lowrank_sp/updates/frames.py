@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lowrank_sp._arrays import (
     Array,
+    across,
     adjoint,
     device,
     dtype_name,
@@ -37,6 +40,11 @@ class Frame(NamedTuple):
 def gram(x: Array) -> Array:
     """``x^H x`` of a tall block ``(..., m, r)``, summed in float64 where the library has it."""
     xp = namespace(x)
+    host = _to_compile(x)
+    if host is not None:
+        from lowrank_sp.updates import _compiled
+
+        return from_host(_compiled.grams(host), x, wide_dtype(xp, x.dtype))
     wide = xp.astype(x, wide_dtype(xp, x.dtype), copy=False)
     return adjoint(wide) @ wide
 
@@ -60,7 +68,7 @@ def frame(x: Array, *, ridge: float = 0.0) -> Frame:
     # Eigenvalues that are rounding reach a few r eps; a direction kept by mistake is noise.
     r = x.shape[-1]
     least = max((r * eps(x.dtype)) ** 2, 8 * r * eps(wide))
-    host = host_values(x) if dtype_name(x.dtype) == "float32" and has_numba() else None
+    host = _to_compile(x)
     if host is not None:
         from lowrank_sp.updates import _compiled
 
@@ -78,6 +86,10 @@ def frame(x: Array, *, ridge: float = 0.0) -> Frame:
         half = (again - kept) / 2
         found = Frame(found.root + half @ found.root, found.inverse - found.inverse @ half)
     return found
+
+
+def _to_compile(x: Array) -> np.ndarray | None:
+    return host_values(x) if dtype_name(x.dtype) == "float32" and has_numba() else None
 
 
 def _split(n: Array, least: float) -> Frame:
@@ -124,8 +136,9 @@ def balance_of(factors: Pair, of_up: Frame, of_down: Frame) -> Balance:
 
 
 def times(x: Array, small: Array) -> Array:
-    """``x @ small`` in the dtype of ``x``."""
-    return x @ namespace(x).astype(small, x.dtype)
+    """``x @ small`` in the dtype of ``x``, and laid out as ``x``."""
+    small = namespace(x).astype(small, x.dtype)
+    return (small.mT @ x.mT).mT if across(x) else x @ small
 
 
 def left_times(small: Array, x: Array) -> Array:
