@@ -534,8 +534,8 @@ def test_sam_takes_its_gradient_uphill_and_comes_back():
         assert np.array_equal(x, y)
     there = gradients(TARGET, up, down)
     up, down, state = step(rule, up, down, there, state=state)
-    assert np.array_equal(up, UP - 0.01 * there[0])
-    assert np.array_equal(down, DOWN - 0.01 * there[1])
+    same(up, UP - 0.01 * there[0])
+    same(down, DOWN - 0.01 * there[1])
 
 
 def test_eflat_perturbs_the_full_weight_through_up():

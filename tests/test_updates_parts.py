@@ -20,7 +20,6 @@ def route(request, monkeypatch):
     """Frames of float32 and Adam have a compiled route."""
     if request.param == "portable":
         monkeypatch.setattr("lowrank_sp.updates.frames.has_numba", lambda: False)
-        monkeypatch.setattr("lowrank_sp.updates.moments.has_numba", lambda: False)
 
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]

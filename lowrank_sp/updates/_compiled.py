@@ -1,8 +1,8 @@
-"""Frames of blocks in single precision and Adam's step, compiled for the host (needs numba).
+"""Frames of blocks in single precision, and operations by entries, compiled (needs numba).
 
 A Gram matrix of 16 columns is too small for BLAS, and its eigenvectors for a call each: on one
-thread this takes half of the time that libraries take on two. Adam's dozen of operations by entries
-becomes one.
+thread this takes half of the time that libraries take on two. A dozen of operations by entries, as
+Adam's, become one that leaves no arrays between them.
 """
 # pyright: basic, reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
 
@@ -25,8 +25,9 @@ def _gram(x, across, panel, gram):
         count = min(PANEL, m - start)
         if across:
             for k in range(r):
+                source, to = x[k, start : start + count], panel[k, :count]
                 for e in range(count):
-                    panel[k, e] = x[k, start + e]
+                    to[e] = source[e]
         else:
             for e in range(count):
                 for k in range(r):
@@ -90,6 +91,24 @@ def _blocks(x: np.ndarray) -> tuple[np.ndarray, bool, tuple[int, ...]]:
 
 
 @jit
+def _combined(weights, x, y, out):
+    for b in range(len(x)):
+        one, other = weights[b]
+        for i in range(x.shape[1]):
+            out[b, i] = one * x[b, i] + other * y[b, i]
+
+
+def combined(a: Any, x: np.ndarray, b: Any, y: np.ndarray) -> np.ndarray:
+    """``a x + b y`` with a number ``a``, ``b`` for every matrix of a batch, or one for all."""
+    if across(x):
+        return combined(a, x.mT, b, y.mT).mT
+    weights, (one, other) = _terms(x, a, b), (_flat(z) for z in (x, y))
+    out = np.empty_like(one)
+    _combined(weights, one, other, out)
+    return out.reshape(x.shape)
+
+
+@jit
 def _adam(grad, mean, square, decays, terms, new_mean, new_square, direction):
     first, second = decays
     for b in range(len(grad)):
@@ -112,9 +131,20 @@ def adam(
     if across(grad):
         new = adam(grad.mT, mean.mT, square.mT, decays, *terms)
         return [x.mT for x in new]
-    flat = (-1, grad.shape[-2] * grad.shape[-1])
-    given = [np.ascontiguousarray(x).reshape(flat) for x in (grad, mean, square)]
+    given = [_flat(x) for x in (grad, mean, square)]
     new = [np.empty_like(x) for x in given]
-    small = np.stack([np.reshape(x, -1) for x in terms], axis=-1)
-    _adam(*given, np.asarray(decays, grad.dtype), small.astype(grad.dtype, copy=False), *new)
+    _adam(*given, np.asarray(decays, grad.dtype), _terms(grad, *terms), *new)
     return [x.reshape(grad.shape) for x in new]
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    """The entries of every matrix of a batch in a row."""
+    return np.ascontiguousarray(x).reshape(-1, x.shape[-2] * x.shape[-1])
+
+
+def _terms(x: np.ndarray, *numbers: Any) -> np.ndarray:
+    """Numbers for every matrix of a batch, in the dtype of ``x``."""
+    terms = np.empty((*x.shape[:-2], len(numbers)), x.dtype)
+    for k, number in enumerate(numbers):
+        terms[..., k] = np.reshape(number, np.shape(number)[:-2])
+    return terms.reshape(-1, len(numbers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lowrank_sp._arrays import Array, adjoint, namespace
-from lowrank_sp.updates.frames import frame, solve_right, times
+from lowrank_sp.updates.frames import combined, frame, solve_right, times
 from lowrank_sp.updates.moments import Adam, Moments, squared
 from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter, nowhere, over, where
 from lowrank_sp.updates.slots import descend
@@ -84,7 +84,7 @@ class AltLoRA(Rule):
         of_other = frame(other)
         h = solve_right(grad, of_other, 1 / scale**2)
         carried = solve_right(state["past_down"] @ other, of_other)
-        mean = self.beta * times(state["up_mean"], carried) + (1 - self.beta) * h
+        mean = combined(self.beta, times(state["up_mean"], carried), 1 - self.beta, h)
         direction, kept = self._direction(h, mean, state)
         up = descend(factors.up, direction, lr, self.weight_decay)
         return up, {"up_mean": mean, "past_down": factors.down, **kept}

@@ -20,7 +20,7 @@ from lowrank_sp._arrays import (
     namespace,
     wide_dtype,
 )
-from lowrank_sp.updates.rule import Pair
+from lowrank_sp.updates.rule import Pair, Scalar
 
 
 class Frame(NamedTuple):
@@ -144,6 +144,22 @@ def times(x: Array, small: Array) -> Array:
 def left_times(small: Array, x: Array) -> Array:
     """``small @ x`` in the dtype of ``x``."""
     return namespace(x).astype(small, x.dtype) @ x
+
+
+def combined(a: Scalar, x: Array, b: Scalar, y: Array) -> Array:
+    """``a x + b y``; numbers for every pair of a batch have shape ``(..., 1, 1)``."""
+    if to_compile(x, y):
+        from lowrank_sp.updates import _compiled
+
+        return _compiled.combined(a, x, b, y)
+    return a * x + b * y
+
+
+def to_compile(*arrays: Array) -> bool:
+    """Whether there is compiled code for the arrays: real ones of NumPy, all of one dtype."""
+    first = arrays[0]
+    alike = (isinstance(x, np.ndarray) and x.dtype == first.dtype for x in arrays)
+    return all(alike) and first.dtype in (np.float32, np.float64) and has_numba()
 
 
 def solve_right(x: Array, of: Frame, weights: Any = 1.0) -> Array:

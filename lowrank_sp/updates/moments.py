@@ -10,9 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from lowrank_sp._arrays import Array, has_numba, is_complex, namespace
+from lowrank_sp._arrays import Array, is_complex, namespace
+from lowrank_sp.updates.frames import combined, to_compile
 from lowrank_sp.updates.rule import Pair, State, counter, over
 
 
@@ -60,7 +59,7 @@ class Momentum(Moments):
         return {"mean": namespace(x).zeros_like(x)}
 
     def turn(self, grad: Array, state: State, step: Array) -> tuple[Array, State]:  # noqa: ARG002
-        mean = self.beta * state["mean"] + grad
+        mean = combined(self.beta, state["mean"], 1.0, grad)
         return mean, {"mean": mean}
 
     def transport(self, state: State, turn: Array) -> State:
@@ -89,7 +88,7 @@ class Adam(Moments):
         # mean / c / (sqrt(square / d) + eps), with one division by an array
         seen = (1 - second**count) ** 0.5
         lift, weight = self.eps * seen, (1 - first**count) / seen
-        if isinstance(grad, np.ndarray) and not is_complex(grad.dtype) and has_numba():
+        if to_compile(grad, state["mean"]):
             from lowrank_sp.updates import _compiled
 
             mean, square, direction = _compiled.adam(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lowrank_sp._arrays import Array
+from lowrank_sp.updates.frames import combined
 from lowrank_sp.updates.moments import Moments, Plain, init_pair, turn_pair
 from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State
 
@@ -63,5 +64,4 @@ class SlotRule(Rule):
 
 def descend(x: Array, direction: Array, lr: Scalar, decay: float) -> Array:
     """``(1 - lr decay) x - lr direction``."""
-    moved = x if decay == 0 else (1 - lr * decay) * x
-    return moved - lr * direction
+    return combined(1 - lr * decay, x, -lr, direction)

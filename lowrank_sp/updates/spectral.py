@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lowrank_sp._arrays import Array, adjoint, device, namespace
-from lowrank_sp.updates.frames import frame, gram, left_times, times
+from lowrank_sp.updates.frames import combined, frame, gram, left_times, times
 from lowrank_sp.updates.moments import Moments, Momentum
 from lowrank_sp.updates.rule import Gauge, Pair, Scalar
-from lowrank_sp.updates.slots import SlotRule, descend
+from lowrank_sp.updates.slots import SlotRule
 
 
 def polar(x: Array) -> Array:
@@ -135,7 +135,9 @@ class LoRAMuon(SlotRule):
         down = left_times(left, self.polar(left_times(adjoint(left), directions.down)))
         keep = (1 - lr * self.weight_decay) ** 0.5
         half = lr / (2 * scale * keep)
-        return Pair(keep * factors.up - half * up, keep * factors.down - half * down)
+        return Pair(
+            combined(keep, factors.up, -half, up), combined(keep, factors.down, -half, down)
+        )
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,10 @@ class Spectron(SlotRule):
 
     def _move(self, factors: Pair, directions: Pair, *, scale: Scalar, lr: Scalar) -> Pair:  # noqa: ARG002
         size = 1 + _largest(factors.up) + _largest(adjoint(factors.down))
+        keep = 1 - lr * self.weight_decay
         return Pair(
-            descend(factors.up, self.polar(directions.up) / size, lr, self.weight_decay),
-            descend(factors.down, self.polar(directions.down) / size, lr, self.weight_decay),
+            combined(keep, factors.up, -lr / size, self.polar(directions.up)),
+            combined(keep, factors.down, -lr / size, self.polar(directions.down)),
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lowrank_sp._arrays import Array, adjoint, is_complex, namespace
-from lowrank_sp.updates.frames import frames, left_times, times
+from lowrank_sp.updates.frames import combined, frames, left_times, times
 from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter, over, where
 from lowrank_sp.updates.slots import descend
 
@@ -111,8 +111,8 @@ class LoRARite(Rule):
         turned = turn @ old.square @ adjoint(turn)
         escaped = second * (old.escaped[..., None, None] + _loss(old.square, turned))
         square = second * turned + (1 - second) * (adjoint(u) @ u / u.shape[-2])
-        fresh = u @ _inverse_root(square, escaped, self.eps)
-        mean = first * (old.mean @ adjoint(turn)) + (1 - first) * fresh
+        fresh = times(u, _inverse_root(square, escaped, self.eps))
+        mean = combined(first, times(old.mean, adjoint(turn)), 1 - first, fresh)
         return mean, _History(mean, square, escaped[..., 0, 0])
 
 
