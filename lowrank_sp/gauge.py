@@ -35,21 +35,34 @@ def fix_signs(u: Array, vh: Array) -> tuple[Array, Array]:
     >>> u[:, 0], vh[0]
     (array([ 1., -0.]), array([-1., -2.]))
     """
-    xp = namespace(u, vh)
+    phase = _phases(u)
+    return u * namespace(u).conj(phase), phase.mT * vh
+
+
+def positive_columns(u: Array) -> Array:
+    """``u`` with the largest entry of every column positive, as :func:`fix_signs` makes it.
+
+    Parameters
+    ----------
+    u : array, shape (..., m, k)
+    """
+    return u * namespace(u).conj(_phases(u))
+
+
+def _phases(u: Array) -> Array:
+    """Phases ``(..., 1, k)`` of the largest entries of all columns; signs, for real data."""
+    xp = namespace(u)
     if 0 in u.shape[-2:]:
-        return u, vh
+        return xp.ones_like(xp.sum(u, axis=-2, keepdims=True))
     size = abs(u)
     largest = xp.max(size, axis=-2, keepdims=True)
-    tied = xp.astype(size >= (1 - 4 * eps(u.dtype) ** 0.5) * largest, xp.int32)
+    tied = xp.astype(size >= (1 - 4 * eps(u.dtype) ** 0.5) * largest, xp.int8)
     entry = xp.take_along_axis(u, xp.argmax(tied, axis=-2, keepdims=True), axis=-2)
+    one = xp.ones_like(entry)
     if is_complex(u.dtype):
-        one = xp.ones_like(entry)
-        phase = xp.where(
-            largest > 0, entry / xp.where(largest > 0, xp.astype(abs(entry), u.dtype), one), one
-        )
-        return u * xp.conj(phase), phase.mT * vh
-    sign = xp.where(entry < 0, -xp.ones_like(entry), xp.ones_like(entry))
-    return u * sign, sign.mT * vh
+        some = largest > 0
+        return xp.where(some, entry / xp.where(some, xp.astype(abs(entry), u.dtype), one), one)
+    return xp.where(entry < 0, -one, one)
 
 
 def balance(left: Array, right: Array) -> tuple[Array, Array]:

@@ -112,21 +112,23 @@ def hooi(
     ranks = tucker_rank(rank, like.shape)
     x, factor = scaled(on_host(like), norm)
     norm = norm / factor
-    start = st_hosvd(x, ranks, rng=rng) if init is None else init.map(on_host)
-    if start.shape != tuple(x.shape) or start.rank != ranks:
+    if init is not None and (init.shape != tuple(x.shape) or init.rank != ranks):
         raise ValueError(
-            f"init must have shape {tuple(x.shape)} and rank {ranks}, got {start.shape} and "
-            f"{start.rank}"
+            f"init must have shape {tuple(x.shape)} and rank {ranks}, got {init.shape} and "
+            f"{init.rank}"
         )
     axes = memory_order(x)
-    xp = namespace(x, start.core)
-    x, start = xp.permute_dims(x, axes), start.permuted(axes)
-    state = _State(start.core, start.factors)
-    if init is not None:
-        factors = tuple(xp.linalg.qr(f)[0] for f in start.factors)
-        state = _State(project(x, factors), factors)
-    free = [mode for mode, r in enumerate(start.rank) if r < x.shape[mode]]
-    products = _Products(x, free, start.rank)
+    x, ranks = namespace(x).permute_dims(x, axes), tuple(ranks[k] for k in axes)
+    free = [mode for mode, r in enumerate(ranks) if r < x.shape[mode]]
+    products = _Products(x, free, ranks)
+
+    def start() -> _State:
+        if init is None:
+            t = st_hosvd(x, ranks, rng=rng)
+            return _State(t.core, t.factors)
+        given = init.map(on_host).permuted(axes)
+        factors = tuple(namespace(f).linalg.qr(f)[0] for f in given.factors)
+        return _State(project(x, factors), factors)
 
     def step(state: _State) -> tuple[_State, float]:
         following = state if state.fixed else _sweep(products, state, rng)
@@ -139,7 +141,7 @@ def hooi(
         return moved(t.permuted(inverse(axes)), like)
 
     with session(x):
-        return iterate(step, state, stop=stop, dtype=x.dtype, callback=callback, value=value)
+        return iterate(step, start(), stop=stop, dtype=x.dtype, callback=callback, value=value)
 
 
 def tucker2(
@@ -194,8 +196,9 @@ def _sweep(products: _Products, state: _State, rng: RNG) -> _State:
         part, done = products.serving(todo, factors)
         now = todo[: (*todo, *done).index(done[0])] if done else todo
         others = [k for k in products.free if k not in (*done, *now)]
+        del core  # lest it be there beside the next one
         core = _renewed(_projected(part, factors, others), now, factors, rng)
-        del part  # lest it be there beside the next one
+        del part
         todo = todo[len(now) :]
     fixed = all(new is old for new, old in zip(factors, state.factors, strict=True))
     return _State(core, tuple(factors), fixed)

@@ -27,7 +27,7 @@ from lowrank_sp._arrays import (
     to_host,
 )
 from lowrank_sp.factors import rank_for_tol
-from lowrank_sp.gauge import fix_signs
+from lowrank_sp.gauge import positive_columns
 from lowrank_sp.linalg.svd import truncated_svd
 from lowrank_sp.tensors.modes import around, fibre_blocks, mode_gram, unfold
 
@@ -107,7 +107,7 @@ def improved(x: Array, u: Array) -> Array:
     tall = xp.reshape(adjoint(x) @ q, (-1, q.shape[1]))
     _, vectors = xp.linalg.eigh(inner(tall, tall))
     u = q @ xp.astype(xp.flip(vectors, axis=1)[:, : u.shape[1]], x.dtype)
-    return fix_signs(u, u.mT)[0]
+    return positive_columns(u)
 
 
 def lost(x: Array, mode: int, u: Array) -> float:
@@ -137,7 +137,7 @@ def _by_gram(x: Array, mode: int, rank: int | None, allowed: float) -> tuple[Arr
         return None
     u = xp.astype(xp.flip(vectors, axis=1)[:, :k], x.dtype)
     u = u if tall is None else xp.linalg.qr(tall @ u)[0]
-    u, _ = fix_signs(u, u.mT)
+    u = positive_columns(u)
     if k == n:
         return u, 0.0
     rounding = 10 * eps(x.dtype) * math.sqrt(k * tails[0])
@@ -158,8 +158,8 @@ def _by_triangle(x: Array, mode: int, rank: int | None, allowed: float) -> tuple
         fibre_blocks(x, mode),
         from_host(np.zeros((0, n)), x, x.dtype),
     )
-    u, s, vh = xp.linalg.svd(triangle.mT, full_matrices=False)
-    u, _ = fix_signs(u, vh)
+    u, s, _ = xp.linalg.svd(triangle.mT, full_matrices=False)
+    u = positive_columns(u)
     sigma = to_host(s).astype(np.float64)
     size = float(np.linalg.norm(sigma))
     k = rank or rank_within(sigma, allowed / size if size else 1.0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_sp._arrays import Array, adjoint, device, frobenius, namespace, slices
-from lowrank_sp.gauge import fix_signs
+from lowrank_sp.gauge import positive_columns
 from lowrank_sp.tensors.factored import FactoredTensor, slices_of
 from lowrank_sp.tensors.modes import multi_mode_dot, unfold
 
@@ -165,7 +165,7 @@ class Tucker(FactoredTensor):
         rotations = []
         for mode, factor in enumerate(t.factors):
             u, _, _ = xp.linalg.svd(unfold(t.core, mode), full_matrices=False)
-            columns, _ = fix_signs(factor @ u, u.mT)
+            columns = positive_columns(factor @ u)
             rotations.append((adjoint(factor) @ columns, columns))
         core = multi_mode_dot(t.core, [adjoint(u) for u, _ in rotations])
         return Tucker(core, tuple(columns for _, columns in rotations), self.error)
