@@ -64,15 +64,18 @@ def shares(length: int) -> list[tuple[int, int]]:
     return list(pairwise(length * k // parts for k in range(parts + 1)))
 
 
-def run(jobs: Sequence[Callable[[], object]]) -> None:
-    """Call every job once, shared among threads; they should leave the interpreter's lock."""
+def run(jobs: Sequence[Callable[[], object]], *, most: int | None = None) -> None:
+    """Call every job once, shared among threads; they should leave the interpreter's lock.
+
+    No more threads than ``most``, where the jobs do not leave it for long.
+    """
     todo = iter(jobs)
 
     def work() -> None:
         for job in todo:
             job()
 
-    others = range(min(count(), len(jobs)) - 1)
+    others = range(min(count(), len(jobs), most or len(jobs)) - 1)
     helpers = [_pool(os.getpid()).submit(work) for _ in others]
     try:
         work()

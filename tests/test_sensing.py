@@ -170,6 +170,16 @@ def test_measurements_of_any_kind_and_scale(name, kind):
     assert error(found, p) <= 1e-4
 
 
+@pytest.mark.parametrize("seed", [7, 9])
+def test_thresholding_does_not_run_in_circles(seed):
+    left, right = gaussian(300, 20, seed=2 * seed), gaussian(300, 15, seed=2 * seed + 1)
+    measurement = RankOneSensing(left, right)
+    p = synthetic.sensing(measurement=measurement, rank=RANK, rng=seed + 100)
+    found = sensing.niht(measurement, p.data, rank=RANK)
+    assert found.converged
+    assert error(found, p) <= accuracy("niht", np.float64)
+
+
 @solvers
 @pytest.mark.parametrize("scale", [1e-150, 1e150, -3.0])
 def test_scale(name, scale):

@@ -26,6 +26,15 @@ def test_jobs_are_shared(monkeypatch):
     run([both.wait, both.wait])
 
 
+def test_no_more_threads_than_wanted(monkeypatch):
+    monkeypatch.setattr(_threads, "count", lambda: 3)
+    seen = set()
+    meet = threading.Barrier(2)
+    jobs = [lambda: (meet.wait(60), seen.add(threading.get_ident())) for _ in range(4)]
+    run(jobs, most=2)
+    assert len(seen) == 2
+
+
 def test_an_error_is_raised_when_all_threads_are_done(monkeypatch):
     monkeypatch.setattr(_threads, "count", lambda: 2)
     both, done = threading.Barrier(2, timeout=30), []

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lowrank_sp import _threads
 
+# Threads for the steps of rules, which hold the lock of the interpreter for a fifth of the time.
+_MOST = 4
+
 
 def in_memory(x: Any) -> bool:
     """Whether ``x`` is a plain tensor in host memory."""
@@ -41,7 +44,7 @@ def share(jobs: Sequence[Callable[[], None]]) -> None:
             job()
     else:
         with torch_on_one_thread(), _threads.blas_on_one_thread:
-            _threads.run([partial(_alone, job) for job in jobs])
+            _threads.run([partial(_alone, job) for job in jobs], most=_MOST)
 
 
 @contextmanager

@@ -22,6 +22,9 @@ from lowrank_sp.operators import LinearOperator
 # Singular values asked for beyond those that passed the threshold before.
 _AHEAD = 4
 
+# Shorter steps that are tried before a point counts as one from which none goes down.
+_HALVINGS = 20
+
 
 class _Hard(NamedTuple):
     value: SVD
@@ -54,7 +57,9 @@ def niht(
               \alpha = \frac{\lVert P_U G \rVert^2}{\lVert \mathcal{A}(P_U G) \rVert^2}
 
     with the best approximation ``H_r`` of rank ``r`` and the projection ``P_U`` on the columns of
-    ``X`` :cite:p:`tanner2013normalized`. No step length has to be chosen.
+    ``X`` :cite:p:`tanner2013normalized`. No step length has to be chosen. One that would raise the
+    residual is halved; without that, measurements with heavy tails, such as those of rank one, let
+    the iteration run in circles on some problems.
 
     Parameters are those of :func:`~lowrank_sp.inverse.sensing.factored.factored_gd`.
 
@@ -78,8 +83,15 @@ def niht(
         along = LowRank(state.value.u, transposed(downhill, state.value.u))
         squares = frobenius(a.forward(along)) ** 2
         length = frobenius(along.right) ** 2 / squares if squares else 0.0
-        value = _leading(state.value + length * downhill, rank)
-        return _Hard(value, problem.residual(value)), relative_change(value, state.value)
+        old = frobenius(state.residual)
+        for _ in range(_HALVINGS):
+            value = _leading(state.value + length * downhill, rank)
+            residual = problem.residual(value)
+            if frobenius(residual) <= old:
+                return _Hard(value, residual), relative_change(value, state.value)
+            length /= 2
+        # Rounding: no step along the gradient lowers the residual.
+        return state, 0.0
 
     f = problem.start(rank, init, rng)
     return problem.solve(
