@@ -156,9 +156,9 @@ def combined(a: Scalar, x: Array, b: Scalar, y: Array) -> Array:
 
 
 def to_compile(*arrays: Array) -> bool:
-    """Whether there is compiled code for the arrays: real ones of NumPy, all of one dtype."""
+    """Whether there is compiled code for the arrays: real matrices of NumPy, all of one dtype."""
     first = arrays[0]
-    alike = (isinstance(x, np.ndarray) and x.dtype == first.dtype for x in arrays)
+    alike = (isinstance(x, np.ndarray) and x.ndim > 1 and x.dtype == first.dtype for x in arrays)
     return all(alike) and first.dtype in (np.float32, np.float64) and has_numba()
 
 
