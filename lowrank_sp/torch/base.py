@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lowrank_sp.torch.batches import AnyItem, Batch, all_finite, batches
-from lowrank_sp.torch.host import torch_on_one_thread
 from lowrank_sp.updates.full_weight import ProjectedRule
 from lowrank_sp.updates.rule import Rule
 
@@ -98,10 +97,7 @@ class BatchedOptimizer(torch.optim.Optimizer, ABC, Generic[AnyItem]):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        with torch_on_one_thread():
-            finite = all_finite([p.grad for p in parameters if p.grad is not None])
-        if not finite:
+        if not self._finite():
             for group in self.param_groups:
                 group["skipped"] += 1
             return loss
@@ -170,6 +166,11 @@ class BatchedOptimizer(torch.optim.Optimizer, ABC, Generic[AnyItem]):
     @abstractmethod
     def _twice(self, first: AnyItem, second: AnyItem) -> str:
         """What to say about a parameter in two items."""
+
+    def _finite(self) -> bool:
+        """Whether no gradient has a NaN or an infinity."""
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        return all_finite([p.grad for p in parameters if p.grad is not None])
 
     def _step_batches(self, todo: Sequence[Batch[AnyItem]], lr: float) -> None:
         for batch in todo:

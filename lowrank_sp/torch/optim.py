@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank_sp.torch.base import BatchedOptimizer, as_groups, check_rule, name_of
 from lowrank_sp.torch.batches import Batch, replicating
-from lowrank_sp.torch.host import in_memory, share, with_numpy
+from lowrank_sp.torch.host import in_memory, share, torch_on_one_thread, with_numpy
 from lowrank_sp.torch.pairs import ParameterPair
 from lowrank_sp.updates.rule import Rule
 
@@ -108,6 +108,11 @@ class FactorOptimizer(BatchedOptimizer[ParameterPair]):
                     pair.factors, self.rule.settle(up, down, self.state[pair.up]), strict=True
                 ):
                     factor.copy_(x.reshape(factor.shape))
+
+    def _finite(self) -> bool:
+        # Other threads would spin beside those of the steps, and have little to read.
+        with torch_on_one_thread():
+            return super()._finite()
 
     def _step_batches(self, todo: Sequence[Batch[ParameterPair]], lr: float) -> None:
         if self._compiled or not all(in_memory(batch.items[0].up) for batch in todo):

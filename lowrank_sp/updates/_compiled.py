@@ -110,13 +110,13 @@ def combined(a: Any, x: np.ndarray, b: Any, y: np.ndarray) -> np.ndarray:
 
 @jit
 def _adam(grad, mean, square, decays, terms, new_mean, new_square, direction):
-    first, second = decays
+    first, fresh, second, fresh_square = decays
     for b in range(len(grad)):
         lift, weight = terms[b]
         for i in range(grad.shape[1]):
             g = grad[b, i]
-            m = first * mean[b, i] + (1 - first) * g
-            s = second * square[b, i] + (1 - second) * (g * g)
+            m = first * mean[b, i] + fresh * g
+            s = second * square[b, i] + fresh_square * (g * g)
             new_mean[b, i], new_square[b, i] = m, s
             direction[b, i] = m / ((np.sqrt(s) + lift) * weight)
 
@@ -133,7 +133,9 @@ def adam(
         return [x.mT for x in new]
     given = [_flat(x) for x in (grad, mean, square)]
     new = [np.empty_like(x) for x in given]
-    _adam(*given, np.asarray(decays, grad.dtype), _terms(grad, *terms), *new)
+    # 1 - 0.999 has lost its last digits where 0.999 was rounded to single precision first.
+    weights = np.asarray([w for decay in decays for w in (decay, 1 - decay)], grad.dtype)
+    _adam(*given, weights, _terms(grad, *terms), *new)
     return [x.reshape(grad.shape) for x in new]
 
 

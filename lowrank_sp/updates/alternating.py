@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lowrank_sp._arrays import Array, adjoint, namespace
 from lowrank_sp.updates.frames import combined, frame, solve_right, times
-from lowrank_sp.updates.moments import Adam, Moments, squared
+from lowrank_sp.updates.moments import Adam, Moments, squared, weight_of
 from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter, nowhere, over, where
 from lowrank_sp.updates.slots import descend
 
@@ -124,8 +124,8 @@ class AltLoRAPlus(AltLoRA):
     def _direction(self, h: Array, mean: Array, state: State) -> tuple[Array, State]:
         turns = over(namespace(h).astype(state["step"] // 2 + 1, state["up_square"].dtype))
         square = self.second * state["up_square"] + (1 - self.second) * squared(h)
-        size = (square / (1 - self.second**turns)) ** 0.5 + self.eps
-        return mean / ((1 - self.beta**turns) * size), {"up_square": square}
+        size = (square / weight_of(self.second, turns)) ** 0.5 + self.eps
+        return mean / (weight_of(self.beta, turns) * size), {"up_square": square}
 
 
 def _mirrored(state: State) -> State:

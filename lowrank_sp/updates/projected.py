@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lowrank_sp._arrays import Array, adjoint, eps, is_complex, namespace
 from lowrank_sp.updates.frames import frame, left_times, times
-from lowrank_sp.updates.moments import Adam, Moments, Plain, init_pair, turn_pair
+from lowrank_sp.updates.moments import Adam, Moments, Plain, init_pair, turn_pair, weight_of
 from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter
 from lowrank_sp.updates.slots import descend
 from lowrank_sp.updates.tangent import Point, Tangent, point, project, project_gradient, retract
@@ -240,7 +240,7 @@ class AdaPreLoRA(Rule):
         rows = self.beta * state["rows"] + (1 - self.beta) * rows
         columns = self.beta * state["columns"] + (1 - self.beta) * columns
         count = xp.astype(state["step"] + 1, rows.dtype)[..., None]
-        seen = 1 - self.beta**count
+        seen = weight_of(self.beta, count)
         weight_up = self._floored(rows / seen)
         # Adafactor's second moment is rows columns^T / mean(rows).
         mean = xp.mean(weight_up, axis=-1, keepdims=True)

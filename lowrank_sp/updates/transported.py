@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lowrank_sp._arrays import Array, adjoint, is_complex, namespace
 from lowrank_sp.updates.frames import combined, frames, left_times, times
+from lowrank_sp.updates.moments import weight_of
 from lowrank_sp.updates.rule import Gauge, Pair, Rule, Scalar, State, counter, over, where
 from lowrank_sp.updates.slots import descend
 
@@ -77,7 +78,7 @@ class LoRARite(Rule):
         q_down = left_times(adjoint(of_down.inverse), factors.down)
         step = state["step"] + 1
         count = over(xp.astype(step, abs(q_up).dtype))
-        decays = tuple(b * (1 - b ** (count - 1)) / (1 - b**count) for b in self.betas)
+        decays = tuple(b * weight_of(b, count - 1) / weight_of(b, count) for b in self.betas)
         up_turn = adjoint(q_up) @ state["up_basis"]
         down_turn = q_down @ adjoint(state["down_basis"])
         up, up_kept = self._side(
@@ -247,8 +248,8 @@ class LoFT(Rule):
         full = mean @ adjoint(basis)
         # Entry (i, j) of u basis^H is the product of row i and the conjugate of a row of basis.
         size = _quadratic(square, adjoint(basis).mT).mT
-        size = (xp.where(size > 0, size, xp.zeros_like(size)) / (1 - second**count)) ** 0.5
-        adapted = full / ((1 - first**count) * (size + self.eps))
+        size = (xp.where(size > 0, size, xp.zeros_like(size)) / weight_of(second, count)) ** 0.5
+        adapted = full / (weight_of(first, count) * (size + self.eps))
         return adapted @ basis, mean, square
 
 
