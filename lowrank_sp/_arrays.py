@@ -217,9 +217,14 @@ def host_values(a: Array) -> np.ndarray | None:
         return a
     if not compat.is_torch_array(a) or a.requires_grad:
         return None
-    torch = sys.modules["torch"]
-    plain = type(a) is torch.Tensor and not torch.compiler.is_compiling()
+    plain = type(a) is sys.modules["torch"].Tensor and not compiling()
     return host_view(a) if plain else None
+
+
+def compiling() -> bool:
+    """Whether ``torch.compile`` is at work, which traces tensors as if they had values."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
 
 
 @cache

@@ -28,7 +28,7 @@ from lowrank_sp.updates.projector import (
     leading_subspace,
     overlap,
 )
-from lowrank_sp.updates.rule import Scalar, State, nowhere, over, rounded, where
+from lowrank_sp.updates.rule import Scalar, State, over, rounded, where
 
 
 class Choice(NamedTuple):
@@ -152,8 +152,8 @@ class ProjectedRule(ABC):
         (array, dict of arrays)
             New weight in the dtype of the old one, and new state.
         """
-        w = as_compute(weight)
-        if not nowhere(self.due(state)):
+        w, due = as_compute(weight), self.due(state)
+        if namespace(due).any(due):
             w, state = self.renew(w, self.choose(grad, state), state)
         w, state = self.move(w, grad, state, lr=lr)
         return rounded(w, weight), state

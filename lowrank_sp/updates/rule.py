@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from lowrank_sp._arrays import Array, as_compute, device, is_array, namespace
+from lowrank_sp._arrays import Array, as_compute, compiling, device, is_array, namespace
 
 #: Named arrays, each with the leading axes of the factors.
 State = dict[str, Array]
@@ -181,6 +181,8 @@ def where(condition: Array, x: Array, y: Array) -> Array:
 
 def nowhere(condition: Array) -> bool:
     """Whether a condition is known to hold for no pair of a batch; a traced one is not known."""
+    if compiling():
+        return False
     try:
         return not bool(namespace(condition).any(condition))
     except TypeError:
