@@ -40,7 +40,7 @@ class Frame(NamedTuple):
 def gram(x: Array) -> Array:
     """``x^H x`` of a tall block ``(..., m, r)``, summed in float64 where the library has it."""
     xp = namespace(x)
-    host = _to_compile(x)
+    host = _single_on_host(x)
     if host is not None:
         from lowrank_sp.updates import _compiled
 
@@ -68,7 +68,7 @@ def frame(x: Array, *, ridge: float = 0.0) -> Frame:
     # Eigenvalues that are rounding reach a few r eps; a direction kept by mistake is noise.
     r = x.shape[-1]
     least = max((r * eps(x.dtype)) ** 2, 8 * r * eps(wide))
-    host = _to_compile(x)
+    host = _single_on_host(x)
     if host is not None:
         from lowrank_sp.updates import _compiled
 
@@ -88,7 +88,8 @@ def frame(x: Array, *, ridge: float = 0.0) -> Frame:
     return found
 
 
-def _to_compile(x: Array) -> np.ndarray | None:
+def _single_on_host(x: Array) -> np.ndarray | None:
+    """A real block in single precision on the host, for which Gram matrices are compiled."""
     return host_values(x) if dtype_name(x.dtype) == "float32" and has_numba() else None
 
 
